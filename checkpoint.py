@@ -1,0 +1,89 @@
+"""Checkpoints: everything that continuing a run bit by bit needs, in safetensors and JSON, written whole or not at all.
+
+    checkpoints/epoch_000020/
+        weights.safetensors      the trained parameters, by name
+        optimizer.safetensors    the optimiser's tensors, as "parameter index.name"
+        state.json               epochs completed and the configuration
+
+Random numbers need no state: noise and prompt order are functions of (seed, epoch, ...), see sampler.py and prompts.py.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+
+def save(
+    run: Path, epoch: int, config: dict, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
+) -> None:
+    """Saves the state after `epoch` completed epochs under run/checkpoints and removes the older ones; OSError if it cannot."""
+    folder = run / "checkpoints" / f"epoch_{epoch:06d}"
+    if folder.exists():
+        return
+    unfinished = folder.with_suffix(".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    save_tensors({name: parameter.detach() for name, parameter in parameters.items()}, unfinished / "weights.safetensors")
+    state = optimizer.state_dict()["state"]
+    save_tensors({f"{i}.{k}": v for i, entry in state.items() for k, v in entry.items()}, unfinished / "optimizer.safetensors")
+    (unfinished / "state.json").write_text(json.dumps({"epoch": epoch, "config": config}, indent=1))
+    older = all_checkpoints(run)
+    os.replace(unfinished, folder)
+    for old in older:
+        shutil.rmtree(old)
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """save_file, with an OSError instead of the library's own error where the disk refuses."""
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
+
+
+def all_checkpoints(run: Path) -> list[Path]:
+    """The finished checkpoints of a run, oldest first."""
+    return sorted(path for path in (run / "checkpoints").glob("epoch_*") if path.suffix != ".unfinished")
+
+
+def read_state(run: Path) -> dict:
+    """The newest checkpoint's {"epoch", "config", "folder"}; ValueError if there is none or it is damaged."""
+    found = all_checkpoints(run)
+    if not found:
+        raise ValueError(f"nothing to resume: no checkpoint under {run / 'checkpoints'}")
+    try:
+        state = json.loads((found[-1] / "state.json").read_text())
+        return {"epoch": int(state["epoch"]), "config": dict(state["config"]), "folder": found[-1]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"damaged checkpoint {found[-1]}: state.json: {error}") from error
+
+
+def load(run: Path, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
+    """Restores weights and optimiser in place from the newest checkpoint -> completed epochs.
+
+    ValueError if there is none, it is damaged, or it belongs to another model.
+    """
+    state = read_state(run)
+    folder = state["folder"]
+    try:
+        weights, flat = load_file(folder / "weights.safetensors"), load_file(folder / "optimizer.safetensors")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"damaged checkpoint {folder}: {error}") from error
+    shapes, wanted = ({name: tuple(t.shape) for name, t in d.items()} for d in (weights, parameters))
+    if shapes != wanted:
+        differing = sorted(name for name in shapes.keys() | wanted.keys() if shapes.get(name) != wanted.get(name))
+        raise ValueError(f"foreign checkpoint {folder}: it does not fit the model, e.g. {differing[0]}")
+    restored = optimizer.state_dict()
+    for name, tensor in flat.items():
+        index, _, key = name.partition(".")
+        restored["state"].setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict(restored)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+    return state["epoch"]

@@ -1,0 +1,168 @@
+"""Every setting of a run, where it is declared; presets by name.
+
+The defaults are the paper's small-scale setting (Table 4, first column). A preset replaces some of them, the command line
+replaces any.
+"""
+
+import argparse
+import dataclasses
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from transformers import HfArgumentParser
+
+import checkpoint
+from sampler import Policy, noisy_steps
+
+
+def setting(default, help: str):
+    """A field with its documentation; a list default is copied for every Config."""
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help})
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Config:
+    preset: str = setting("toy", "Named settings to start from.")
+    resume: str = setting("", "Run folder to continue, with its own settings; --epochs and the like may be raised.")
+    output_dir: str = setting("", "Run folder; by default runs/PRESET.")
+
+    # What is trained, on what, for what
+    model: str = setting(
+        "CompVis/stable-diffusion-v1-4", "Pipeline: 'toy', a folder, or a hub id; pi_ref, where pi_theta starts."
+    )
+    prompts: str = setting("toy-train", "Training prompts p(c): a named set, or a text file with one per line.")
+    heldout_prompts: str = setting("", "Prompts scored at fixed seeds every --eval_every epochs; empty for none.")
+    reward: list[str] = setting(["toy-alignment"], "Reward r: names or module:function, each with an optional =weight, summed.")
+    method: str = setting("prdp", "The loss.")
+
+    # Algorithm 1
+    epochs: int = setting(100, "E.")
+    updates_per_epoch: int = setting(10, "K, gradient updates on each epoch's trajectories. With 1 the clip cannot act.")
+    prompts_per_epoch: int = setting(32, "N, over all processes.")
+    images_per_prompt: int = setting(16, "B.")
+    kl_weight: float = setting(3e-5, "beta, in reward per unit of log-ratio (the unit follows from the two reductions below).")
+    clip_range: float = setting(1e-6, "epsilon of the stepwise clip (Eq. 20), in the unit of the log-probs.")
+    log_prob_reduction: Literal["mean", "sum"] = setting("mean", "Log-probs over latent dimensions: mean (paper) or sum (nats).")
+    step_reduction: Literal["mean", "sum"] = setting("mean", "Log-ratios over steps: mean (Appendix G) or sum (Eq. 10).")
+    shared_x_T: bool = setting(False, "The images of a prompt start from the same x_T. NOT IN PAPER: makes Eq. 9 exact.")
+    seed: int = setting(0, "Of noise and prompt order.")
+
+    # Sampler
+    num_steps: int = setting(50, "T, denoising steps.")
+    guidance_scale: float = setting(5.0, "w of classifier-free guidance, in sampling and training; 1 for none.")
+    eta: float = setting(1.0, "Noise of a step relative to DDPM's (1, the paper). 0 has no log-prob and is refused.")
+
+    # Optimiser
+    learning_rate: float = setting(1e-5, "Of AdamW.")
+    weight_decay: float = setting(1e-4, "Of AdamW.")
+    max_grad_norm: float = setting(1.0, "The gradient's global norm is clipped to this.")
+
+    # How it is computed; none of this changes the result by more than rounding
+    sample_batch_size: int = setting(16, "Trajectories sampled, decoded and scored at a time, per process.")
+    train_batch_size: int = setting(8, "(trajectory, step) entries of the table per forward or backward pass, per process.")
+    autocast: Literal["no", "bf16", "fp16"] = setting("no", "Precision of the UNet's passes; weights and log-probs stay fp32.")
+
+    # What is written
+    eval_every: int = setting(10, "Epochs between sample pictures and held-out scores.")
+    save_every: int = setting(10, "Epochs between checkpoints.")
+
+
+PRESETS: dict[str, dict] = {
+    # Sampling in 5 steps of equal log-SNR (toy_model.py) without guidance, so that an epoch takes seconds. log-probs are
+    # means over D = 256 dimensions: the large-scale epsilon of 1e-4 at D = 16384 is 1.64 nats per step, here 6.4e-3.
+    "toy": dict(
+        model="toy", prompts="toy-train", heldout_prompts="toy-heldout", reward=["toy-alignment"],
+        epochs=60, updates_per_epoch=1, prompts_per_epoch=16, images_per_prompt=8, kl_weight=0.01, clip_range=6.4e-3,
+        num_steps=5, guidance_scale=1.0, learning_rate=1e-4, sample_batch_size=64, train_batch_size=64,
+    ),
+}  # fmt: skip
+
+MAY_CHANGE_ON_RESUME = {"resume", "output_dir", "epochs", "eval_every", "save_every", "sample_batch_size", "train_batch_size"}
+
+
+class Parser(HfArgumentParser):
+    """Raises ValueError with one line instead of printing the usage of forty flags."""
+
+    def error(self, message: str):
+        raise ValueError(f"{message} (all settings: --help)")
+
+    def parse_strictly(self, argv: list[str]):
+        """The dataclass; ValueError for an unknown argument, with the flag it resembles."""
+        config, unknown = self.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+        if unknown:
+            close = difflib.get_close_matches(unknown[0], [flag for flag in self._option_string_actions if flag[:2] == "--"], 1)
+            raise ValueError(f"unknown argument {unknown[0]!r}" + (f": did you mean {close[0]}?" if close else " (see --help)"))
+        return config
+
+
+def parse(argv: list[str]) -> Config:
+    """Config from the command line: defaults, then the preset's or the resumed run's settings, then the flags given.
+
+    ValueError for an unknown preset or flag, a value of the wrong kind, or a resumed setting that may not change.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--preset", default="toy")
+    first.add_argument("--resume", default="")
+    try:
+        given, _ = first.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from error
+    parser = Parser(Config, prog="train.py", description="PRDP training.", allow_abbrev=False)
+    if given.resume:
+        saved = checkpoint.read_state(Path(given.resume))["config"]
+        parser.set_defaults(**saved | {"resume": given.resume, "output_dir": given.resume})
+    elif given.preset in PRESETS:
+        parser.set_defaults(preset=given.preset, output_dir=f"runs/{given.preset}", **PRESETS[given.preset])
+    else:
+        raise ValueError(f"unknown preset {given.preset!r}: use {', '.join(PRESETS)}")
+    config = parser.parse_strictly(argv)
+    if given.resume:
+        now = dataclasses.asdict(config)
+        changed = [k for k in now if now[k] != saved.get(k) and k not in MAY_CHANGE_ON_RESUME]
+        if changed:
+            k = changed[0]
+            raise ValueError(f"cannot resume {given.resume} with {k}={now[k]}: it ran with {saved.get(k)}; allowed to change: "
+                             f"{', '.join(sorted(MAY_CHANGE_ON_RESUME - {'resume', 'output_dir'}))}")  # fmt: skip
+    return config
+
+
+def check(config: Config, methods, world_size: int) -> None:
+    """ValueError naming the setting if the numbers cannot work together."""
+    whole = ("epochs", "updates_per_epoch", "prompts_per_epoch", "num_steps", "sample_batch_size", "train_batch_size")
+    for name in (*whole, "eval_every", "save_every"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
+    for name in ("kl_weight", "clip_range", "learning_rate", "max_grad_norm"):
+        if not 0 < getattr(config, name) < float("inf"):
+            raise ValueError(f"{name} must be a positive number, not {getattr(config, name)}")
+    if config.images_per_prompt < 2:
+        raise ValueError(f"images_per_prompt must be at least 2, not {config.images_per_prompt}: the loss needs pairs")
+    if config.prompts_per_epoch % world_size:
+        raise ValueError(f"prompts_per_epoch={config.prompts_per_epoch} cannot be shared evenly by {world_size} processes")
+    if config.seed < 0:
+        raise ValueError(f"seed must be at least 0, not {config.seed}")
+    if config.method not in methods:
+        raise ValueError(f"unknown method {config.method!r}: use {', '.join(methods)}")
+
+
+def describe(config: Config, world_size: int, policy: Policy, set_size: int) -> str:
+    """The batch arithmetic and the units, for people to check."""
+    n, b, k = config.prompts_per_epoch, config.images_per_prompt, config.updates_per_epoch
+    steps, size = len(noisy_steps(policy.scheduler, policy.eta)), policy.latent_size
+    local, micro = n * b * steps // world_size, config.train_batch_size
+    lines = [
+        f"{n} of {set_size} prompts x {b} images = {n * b} trajectories x {steps} steps = {n * b * steps} log-probs an epoch",
+        f"{n} prompts x {b * (b - 1) // 2} = {n * b * (b - 1) // 2} pairs in the loss",
+        f"{world_size} processes x {n // world_size} prompts = {local} log-probs each = {local // micro} micro-batches of {micro}"
+        + (f" and one of {local % micro}" if local % micro else ""),
+        f"{config.epochs} epochs x {k} updates = {config.epochs * k} updates",
+        f"{config.epochs} epochs x {n * b} = {config.epochs * n * b} reward queries",
+        f"log-probs are {'means over' if config.log_prob_reduction == 'mean' else 'sums over'} D = {size} latent dimensions: "
+        f"clip_range {config.clip_range:g} is {config.clip_range * policy.in_nats:.3g} nats a step"
+        + ("; with one update per epoch the clip cannot act" if k == 1 else ""),
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,87 @@
+"""One process or many: the little of torch.distributed that training and evaluation need.
+
+`torchrun` starts the processes and tells each its place through the environment; without it there is one. RANK is a process's
+identity, LOCAL_RANK the GPU it uses on its own machine, so several machines work. Tensors on the CPU travel by gloo, those on
+GPUs by NCCL.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+RANK = int(os.environ.get("RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+
+
+def start() -> torch.device:
+    """Joins the process group, if there is one, and returns this process's device."""
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if WORLD_SIZE > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def stop() -> None:
+    """Leaves the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Waits for all processes."""
+    together(lambda: torch.empty(0))
+
+
+def together(produce: Callable[[], Tensor]) -> Tensor:
+    """Runs `produce` in every process and returns the results (on the CPU) joined by rank, the same in all.
+
+    If it raises in one process, all of them raise, so that none waits for a result that never comes.
+    """
+    try:
+        mine = produce().cpu()
+    except Exception as error:
+        mine = error
+    parts = [mine]
+    if WORLD_SIZE > 1:
+        parts = [None] * WORLD_SIZE
+        dist.all_gather_object(parts, mine if isinstance(mine, Tensor) else f"{mine}")
+    if not isinstance(mine, Tensor):
+        raise mine
+    for part in parts:
+        if isinstance(part, str):
+            raise RuntimeError(part)
+    return torch.cat(parts)
+
+
+def sum_gradients(parameters: list[torch.nn.Parameter], factor: float = 1.0) -> None:
+    """Replaces every gradient by its sum over all processes times factor; what no local step touched counts as zero."""
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        if WORLD_SIZE > 1:
+            dist.all_reduce(parameter.grad)
+        if factor != 1:
+            parameter.grad *= factor
+
+
+def say(message: str, file=sys.stdout) -> None:
+    """Prints once, whatever the number of processes."""
+    if RANK == 0:
+        print(message, file=file, flush=True)
+
+
+@contextmanager
+def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """Turns what a user can cause into one line on stderr and exit code 2; anything else keeps its traceback."""
+    try:
+        yield
+    except kinds as error:
+        say(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(error).split())}", sys.stderr)
+        sys.exit(2)

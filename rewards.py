@@ -1,0 +1,117 @@
+"""Rewards: black-box scores of pictures.
+
+A reward is any callable (images, prompts) -> scores with images (B, 3, H, W) float in [0, 1], prompts a list of B strings and
+scores (B,), higher is better. It is never differentiated. `load_reward` makes one from its name:
+
+    jpeg-compressibility          minus the size of the picture as a JPEG of quality 95, in kB (DDPO)
+    jpeg-incompressibility        the opposite
+    toy-alignment                 share of the prompt's attributes the picture shows, in [0, 1] (toy.py)
+    toy-colourfulness             Hasler and Suesstrunk's measure; ignores the prompt, so it can be hacked (toy.py)
+    my_file:my_function           your own function, from a module on the Python path or in the working directory
+
+and `load_rewards(["toy-alignment=1", "toy-colourfulness=0.5"])` makes the weighted sum of several.
+"""
+
+import importlib
+import io
+import math
+import os
+import sys
+from collections.abc import Callable
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+import toy
+
+Reward = Callable[[Tensor, list[str]], Tensor]
+
+
+class RewardError(RuntimeError):
+    """A reward raised, or did not return one finite number for every picture."""
+
+
+def jpeg_incompressibility(images: Tensor, prompts: list[str]) -> Tensor:
+    """Size in kB (1000 bytes) of each picture as a JPEG of quality 95 (DDPO, Sec. 5)."""
+    sizes = []
+    for pixels in (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy():
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "JPEG", quality=95)
+        sizes.append(buffer.tell() / 1000)
+    return torch.tensor(sizes)
+
+
+def jpeg_compressibility(images: Tensor, prompts: list[str]) -> Tensor:
+    """Minus the JPEG size in kB (DDPO, Sec. 5)."""
+    return -jpeg_incompressibility(images, prompts)
+
+
+# The place for further rewards: a name and a function that loads it.
+LOADERS: dict[str, Callable[[], Reward]] = {
+    "jpeg-compressibility": lambda: jpeg_compressibility,
+    "jpeg-incompressibility": lambda: jpeg_incompressibility,
+    "toy-alignment": lambda: toy.alignment,
+    "toy-colourfulness": lambda: toy.colourfulness,
+}
+
+
+def load_function(name: str) -> Reward:
+    """The user's own reward `module:function`; ValueError if there is no such thing."""
+    module, _, function = name.partition(":")
+    if os.getcwd() not in sys.path:  # `torchrun train.py` and `python /path/train.py` put only the script's folder there
+        sys.path.append(os.getcwd())
+    try:
+        reward = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"reward {name!r}: {error}") from error
+    if not callable(reward):
+        raise ValueError(f"reward {name!r} is not a function (images, prompts) -> scores")
+    return reward
+
+
+def load_reward(name: str) -> Reward:
+    """The reward of that name, checked at every call; ValueError naming the known ones for anything else."""
+    if name in LOADERS:
+        return checked(name, LOADERS[name]())
+    if ":" in name:
+        return checked(name, load_function(name))
+    raise ValueError(f"unknown reward {name!r}: use {', '.join(LOADERS)}, or module:function for your own")
+
+
+def checked(name: str, reward: Reward) -> Reward:
+    """The same reward, with a RewardError naming reward and prompt where it fails or returns nonsense."""
+
+    def checked_reward(images: Tensor, prompts: list[str]) -> Tensor:
+        try:
+            scores = reward(images, prompts)
+        except Exception as error:
+            which = f"for prompt {prompts[0]!r}" + (f" or one of the {len(prompts) - 1} after it" if len(prompts) > 1 else "")
+            raise RewardError(f"reward {name!r} raised {type(error).__name__}: {error} ({which})") from error
+        scores = torch.as_tensor(scores, dtype=torch.float32).cpu()
+        if scores.shape != (len(prompts),):
+            wanted = f"shape ({len(prompts)},)"
+            raise RewardError(f"reward {name!r} returned shape {tuple(scores.shape)}, not {wanted}, for prompt {prompts[0]!r}")
+        if not scores.isfinite().all():
+            bad = int((~scores.isfinite()).nonzero()[0])
+            raise RewardError(f"reward {name!r} returned {scores[bad].item()} for prompt {prompts[bad]!r}")
+        return scores
+
+    return checked_reward
+
+
+def load_rewards(specs: list[str]) -> Reward:
+    """The weighted sum of rewards given as `name` or `name=weight`; ValueError for an unknown name or a weight that is none."""
+    weighted = []
+    for spec in specs:
+        name, _, weight = spec.rpartition("=") if "=" in spec else (spec, "", "1")
+        try:
+            value = float(weight)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            raise ValueError(f"reward {spec!r}: the weight {weight!r} is not a number (write name=weight)")
+        weighted.append((value, load_reward(name)))
+    if not weighted:
+        raise ValueError(f"no reward given: use {', '.join(LOADERS)}, or module:function for your own")
+    return lambda images, prompts: sum(weight * reward(images, prompts) for weight, reward in weighted)
