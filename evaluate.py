@@ -74,12 +74,12 @@ def parse(argv: list[str]) -> EvaluationConfig:
     return config
 
 
-def provenance() -> dict:
+def provenance(script: str, argv: list[str]) -> dict:
     """The command, the versions and the kind of machine that a result comes from."""
     packages = ("torch", "diffusers", "transformers")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "command": " ".join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
+        "command": " ".join(["python", script, *argv]),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
         "machine": {"cpu_cores": os.cpu_count(), "processor": platform.machine(), "gpu": gpu},
     }
@@ -152,7 +152,7 @@ def main(argv: list[str]) -> None:
         for name, _, folder in (model.partition("=") for model in config.models):
             all_scores[name], pictures[name] = score_model(config, folder, prompt_sets, rewards, device)
         rows = summarise(all_scores, prompt_sets)
-        result = provenance() | {"config": dataclasses.asdict(config), "results": rows}
+        result = provenance("evaluate.py", argv) | {"config": dataclasses.asdict(config), "results": rows}
         (output / "results.json").write_text(json.dumps(result, indent=1))
         (output / "table.md").write_text(markdown_table(rows))
         for set_name, prompts in prompt_sets.items():

@@ -6,6 +6,7 @@ GPUs by NCCL.
 """
 
 import os
+import resource
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -60,6 +61,13 @@ def together(produce: Callable[[], Tensor]) -> Tensor:
     return torch.cat(parts)
 
 
+def peak_memory_gib() -> float:
+    """The most memory this process has held: of its GPU, as torch allocated it, or else resident in RAM."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
 def sum_gradients(parameters: list[torch.nn.Parameter], factor: float = 1.0) -> None:
     """Replaces every gradient by its sum over all processes times factor; what no local step touched counts as zero."""
     for parameter in parameters:
@@ -71,10 +79,10 @@ def sum_gradients(parameters: list[torch.nn.Parameter], factor: float = 1.0) -> 
             parameter.grad *= factor
 
 
-def say(message: str, file=sys.stdout) -> None:
+def say(message: str, error: bool = False) -> None:
     """Prints once, whatever the number of processes."""
     if RANK == 0:
-        print(message, file=file, flush=True)
+        print(message, file=sys.stderr if error else sys.stdout, flush=True)
 
 
 @contextmanager
@@ -83,5 +91,5 @@ def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
     try:
         yield
     except kinds as error:
-        say(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(error).split())}", sys.stderr)
+        say(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(error).split())}", error=True)
         sys.exit(2)

@@ -84,11 +84,10 @@ def checked(name: str, reward: Reward) -> Reward:
 
     def checked_reward(images: Tensor, prompts: list[str]) -> Tensor:
         try:
-            scores = reward(images, prompts)
+            scores = torch.as_tensor(reward(images, prompts), dtype=torch.float32).cpu()
         except Exception as error:
             which = f"for prompt {prompts[0]!r}" + (f" or one of the {len(prompts) - 1} after it" if len(prompts) > 1 else "")
             raise RewardError(f"reward {name!r} raised {type(error).__name__}: {error} ({which})") from error
-        scores = torch.as_tensor(scores, dtype=torch.float32).cpu()
         if scores.shape != (len(prompts),):
             wanted = f"shape ({len(prompts)},)"
             raise RewardError(f"reward {name!r} returned shape {tuple(scores.shape)}, not {wanted}, for prompt {prompts[0]!r}")

@@ -190,7 +190,8 @@ def _entries(policy: Policy, latents: Tensor, cond: Embeddings, entries: Tensor,
     """Yields (rows, columns, log-probs) for the (row, column) entries (K, 2) of the table, batch_size at a time."""
     steps = noisy_steps(policy.scheduler, policy.eta)
     device = policy.unet.device
-    for rows, columns in (chunk.unbind(1) for chunk in entries.split(batch_size)):
+    for start in range(0, len(entries), batch_size):
+        rows, columns = entries[start : start + batch_size].unbind(1)
         i = steps[columns]
         x_t, x_prev = latents[rows, i].to(device), latents[rows, i + 1].to(device)
         t = policy.scheduler.timesteps[i].to(device)

@@ -135,6 +135,7 @@ def train(
                     "clip_fraction": ((log_probs - log_probs_old).abs() > config.clip_range).float().mean().item(),
                     "log_prob_drift": together(lambda: drift.view(1)).max().item(),
                     "grad_norm": grad_norm.item(),
+                    "peak_memory_gib": processes.peak_memory_gib(),
                     "images_per_second": N * B / sum(lap.seconds.values()),
                     "heldout_reward": None,
                 }

@@ -1,0 +1,308 @@
+"""The whole loop on a small random-weight pipeline: processes, resuming, interruption, and what users get wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+
+import checkpoint
+import train
+from config import Config, describe, parse
+from prompts import draw_prompts, load_prompts
+from toy import alignment
+
+TINY = "--preset toy --prompts toy-small --prompts_per_epoch 4 --images_per_prompt 3 --learning_rate 1e-3 --eval_every 2".split()
+CLOCK_AND_MEMORY = ("seconds", "images_per_second", "peak_memory_gib")
+SEVERAL_UPDATES = [*TINY, "--updates_per_epoch", "3", "--clip_range", "3e-3", "--guidance_scale", "3"]
+
+
+def arguments(model_folder, run, *more):
+    return [*SEVERAL_UPDATES, "--heldout_prompts", "toy-small", "--model", str(model_folder), "--output_dir", str(run), *more]
+
+
+def metrics(run: Path) -> list[dict]:
+    """The record without what the machine decides."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in CLOCK_AND_MEMORY} for line in lines]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def finished(model_folder, tmp_path_factory):
+    """Two uninterrupted epochs in one process."""
+    run = tmp_path_factory.mktemp("run") / "finished"
+    train.main(arguments(model_folder, run, "--epochs", "2"))
+    return run
+
+
+def test_run_folder_and_record(finished, model_folder):
+    lines = metrics(finished)
+    assert [line["epoch"] for line in lines] == [0, 1, 2]
+    assert lines[0]["heldout_reward"] is not None and lines[2]["heldout_reward"] is not None
+    assert lines[1]["kl_nats"] == 0  # theta_old is still the reference
+    assert lines[2]["kl_nats"] != 0
+    assert 0 < lines[2]["clip_fraction"] < 1
+    assert 0 <= lines[2]["log_prob_drift"] < 1e-5
+    assert (finished / "reward.png").stat().st_size > 1000
+    assert sorted(path.name for path in (finished / "samples").iterdir()) == ["epoch_000000.png", "epoch_000002.png"]
+    seconds = json.loads((finished / "metrics.jsonl").read_text().splitlines()[2])["seconds"]
+    assert set(seconds) == {"sample", "reward", "reference", "update", "evaluate"}
+    assert not list(finished.rglob("*.unfinished"))
+
+
+def test_result_opens_with_plain_diffusers_and_is_what_was_trained(finished, model_folder):
+    pipe = StableDiffusionPipeline.from_pretrained(finished / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    picture = pipe("a red circle on a blue background", num_inference_steps=2, output_type="pt").images
+    assert picture.shape == (1, 3, 32, 32) and picture.isfinite().all()
+    saved = load_file(checkpoint.all_checkpoints(finished)[-1] / "weights.safetensors")
+    before = load_file(model_folder / "unet" / "diffusion_pytorch_model.safetensors")
+    for name, tensor in weights(finished).items():
+        assert torch.equal(tensor, saved[name])
+    assert any(not torch.equal(saved[name], before[name]) for name in saved)
+
+
+def test_two_processes_equal_one(finished, model_folder, tmp_path):
+    run = tmp_path / "two"
+    command = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29512", "train.py"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *command, *arguments(model_folder, run, "--epochs", "2")],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    start = load_file(model_folder / "unet" / "diffusion_pytorch_model.safetensors")
+    # Adam makes steps even of the rounding of gradients that should be zero (biases before a normalisation). The yardstick is
+    # therefore one process that sums in another order: two processes must be no further from one than that.
+    other_order = tmp_path / "other_order"
+    train.main(arguments(model_folder, other_order, "--epochs", "2", "--train_batch_size", "30"))
+    one, two, yardstick = (
+        torch.cat([(weights(folder)[n] - t).flatten() for n, t in start.items()]) for folder in (finished, run, other_order)
+    )
+    assert (two - one).norm() < 3 * (yardstick - one).norm() < 0.2 * one.norm()
+    for a, b in zip(metrics(run), metrics(finished), strict=True):
+        assert a["heldout_reward"] == pytest.approx(b["heldout_reward"], abs=1e-4)
+        if a["epoch"]:
+            assert a["reward_mean"] == pytest.approx(b["reward_mean"], abs=1e-5)
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2)
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit(finished, model_folder, tmp_path):
+    run = tmp_path / "resumed"
+    train.main(arguments(model_folder, run, "--epochs", "1"))
+    (run / "metrics.jsonl").open("a").write(json.dumps({"epoch": 2, "heldout_reward": 9.0}) + "\n")  # after the checkpoint
+    train.main(["--resume", str(run), "--epochs", "2"])
+    assert metrics(run)[2] == metrics(finished)[2]
+    for name, tensor in weights(run).items():
+        assert torch.equal(tensor, weights(finished)[name]), name
+
+
+def slow_reward(images, prompts):
+    """The toy reward, at a speed at which Ctrl-C can be aimed."""
+    time.sleep(0.3)
+    return alignment(images, prompts)
+
+
+def test_ctrl_c_saves_and_can_be_resumed(model_folder, tmp_path):
+    run = tmp_path / "stopped"
+    flags = ["--reward", "test_train:slow_reward", "--sample_batch_size", "4"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *arguments(model_folder, run, "--epochs", "1000", *flags)],
+        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.time() + 120
+    while not ((run / "metrics.jsonl").exists() and len(metrics(run)) > 1) and time.time() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors, errors[-2000:]
+    assert f"python train.py --resume {run}" in printed
+    epochs = len(metrics(run)) - 1
+    assert checkpoint.read_state(run)["epoch"] == epochs >= 1
+    sys.path.append(str(ROOT / "tests"))
+    train.main(["--resume", str(run), "--epochs", str(epochs + 1)])
+    assert [line["epoch"] for line in metrics(run)] == list(range(epochs + 2))
+
+
+def test_epoch_of_equal_rewards_changes_nothing_but_the_decay(model_folder, tmp_path):
+    (tmp_path / "flat.py").write_text("import torch\ndef flat(images, prompts):\n    return torch.ones(len(images))\n")
+    sys.path.append(str(tmp_path))
+    run = tmp_path / "run"
+    train.main(arguments(model_folder, run, "--epochs", "1", "--reward", "flat:flat", "--weight_decay", "0"))
+    before = load_file(model_folder / "unet" / "diffusion_pytorch_model.safetensors")
+    assert metrics(run)[1]["loss"] == 0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(run).items())
+
+
+@pytest.mark.parametrize("autocast", ["bf16", "fp16"])
+def test_autocast_trains_and_reports_its_drift(model_folder, tmp_path, autocast):
+    run = tmp_path / "run"
+    train.main(arguments(model_folder, run, "--epochs", "1", "--autocast", autocast, "--train_batch_size", "7"))
+    assert 0 <= metrics(run)[1]["log_prob_drift"] < 0.05
+    assert metrics(run)[1]["grad_norm"] > 0
+    assert all(tensor.dtype == torch.float32 for tensor in weights(run).values())
+
+
+def test_fp16_gradient_is_the_fp32_one(model_folder, tmp_path):
+    norms = {}
+    for autocast in ("no", "fp16"):
+        train.main([*TINY, "--model", str(model_folder), "--output_dir", str(tmp_path / autocast), "--epochs", "1",
+                    "--heldout_prompts", "", "--autocast", autocast])  # fmt: skip
+        norms[autocast] = metrics(tmp_path / autocast)[1]["grad_norm"]
+    assert norms["fp16"] == pytest.approx(norms["no"], rel=0.05)
+
+
+def test_batch_arithmetic_is_printed_and_right(capsys, finished, model_folder, tmp_path):
+    train.main(arguments(model_folder, tmp_path / "run", "--epochs", "1"))
+    printed = capsys.readouterr().out
+    assert "4 of 45 prompts x 3 images = 12 trajectories x 5 steps = 60 log-probs" in printed
+    assert "4 prompts x 3 = 12 pairs" in printed
+    assert "60 log-probs each = 0 micro-batches of 64 and one of 60" in printed
+    assert "clip_range 0.003 is 0.768 nats a step" in printed
+
+
+def test_prompt_order_covers_the_set_evenly_and_needs_no_state():
+    prompts = [str(i) for i in range(10)]
+    drawn = [prompt for epoch in range(5) for prompt in draw_prompts(prompts, 4, epoch, seed=3)]
+    assert sorted(drawn) == sorted(prompts * 2)
+    assert drawn[:10] != prompts and drawn[:10] != drawn[10:]
+    assert draw_prompts(prompts, 4, 3, seed=3) == drawn[12:16] != draw_prompts(prompts, 4, 3, seed=4)
+    assert len(draw_prompts(prompts, 25, 0, seed=0)) == 25
+
+
+def test_prompt_files(tmp_path):
+    file = tmp_path / "mine.txt"
+    file.write_text("a cat\n\n  a dog  \na cat\n", encoding="utf-8")
+    assert load_prompts(str(file)) == ["a cat", "a dog"]
+
+
+def test_toy_preset_and_defaults():
+    config = parse([])
+    assert (config.preset, config.model, config.output_dir) == ("toy", "toy", "runs/toy")
+    assert parse(["--preset", "toy", "--epochs", "3"]).epochs == 3
+    table_4_small = dict(epochs=100, updates_per_epoch=10, prompts_per_epoch=32, images_per_prompt=16, kl_weight=3e-5, num_steps=50)
+    table_4_small |= dict(clip_range=1e-6, guidance_scale=5.0, max_grad_norm=1.0, learning_rate=1e-5, weight_decay=1e-4, eta=1.0)
+    assert {name: getattr(Config(), name) for name in table_4_small} == table_4_small
+    assert callable(describe)
+
+
+def refused(capsys, argv) -> str:
+    """Runs train.py on wrong input: exit code 2 and one line, which is returned."""
+    with pytest.raises(SystemExit) as stopped:
+        train.main([str(argument) for argument in argv])
+    assert stopped.value.code == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert len(errors) == 1 and "Traceback" not in errors[0]
+    return errors[0]
+
+
+def test_wrong_settings(capsys, tmp_path, model_folder, monkeypatch):
+    base = arguments(model_folder, tmp_path / "run", "--epochs", "1")
+    for more, message in [
+        (["--preset", "tpy"], "unknown preset 'tpy': use toy"),
+        (["--rewrad", "x"], "did you mean --reward?"),
+        (["--epochs", "many"], "invalid int value: 'many'"),
+        (["--log_prob_reduction", "max"], "choose from"),
+        (["--reward", "niceness"], "unknown reward 'niceness': use jpeg-compressibility"),
+        (["--reward", "toy-alignment=much"], "'much' is not a number"),
+        (["--reward", "no_module:f"], "No module named 'no_module'"),
+        (["--reward", "math:nothing"], "no attribute 'nothing'"),
+        (["--reward", "math:pi"], "not a function"),
+        (["--method", "magic"], "unknown method 'magic': use prdp"),
+        (["--model", str(tmp_path)], "cannot load a pipeline from the folder"),
+        (["--model", "/no/such/model"], "no model '/no/such/model': use toy"),
+        (["--prompts", "no-such.txt"], "no prompt set or file 'no-such.txt': use toy-train"),
+        (["--images_per_prompt", "1"], "images_per_prompt must be at least 2"),
+        (["--eta", "0"], "eta must be > 0"),
+        (["--num_steps", "1001"], "between 1 and 1000"),
+        (["--num_steps", "0"], "num_steps must be at least 1"),
+        (["--kl_weight", "0"], "kl_weight must be a positive number"),
+        (["--learning_rate", "nan"], "learning_rate must be a positive number"),
+        (["--seed", "-1"], "seed must be at least 0"),
+    ]:
+        assert message in refused(capsys, [*base, *more]), more
+    monkeypatch.setattr(train, "WORLD_SIZE", 3)
+    assert "prompts_per_epoch=4 cannot be shared evenly by 3 processes" in refused(capsys, base)
+
+
+def test_wrong_prompt_files(capsys, tmp_path, model_folder):
+    (tmp_path / "empty.txt").write_text(" \n\n")
+    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
+    for name, message in (("empty.txt", "has no prompts"), ("latin.txt", "is not UTF-8")):
+        assert message in refused(capsys, [*arguments(model_folder, tmp_path / "run"), "--prompts", tmp_path / name])
+
+
+def test_failing_rewards_lose_nothing(capsys, tmp_path, model_folder):
+    (tmp_path / "bad_rewards.py").write_text(
+        "import torch\ncalls = 0\n"
+        "def broken(images, prompts):\n    return 1 / 0\n"
+        "def short(images, prompts):\n    return torch.ones(1)\n"
+        "def late_nan(images, prompts):\n    global calls\n    calls += 1\n"
+        "    scores = torch.rand(len(prompts))\n    scores[-1] = float('nan') if calls > 3 else 0\n    return scores\n"
+    )
+    sys.path.append(str(tmp_path))
+    for name, message in (("broken", "raised ZeroDivisionError"), ("short", "returned shape (1,)"), ("late_nan", "returned nan")):
+        run = tmp_path / name
+        flags = ["--reward", f"bad_rewards:{name}", "--epochs", "9", "--save_every", "1"]
+        line = refused(capsys, arguments(model_folder, run, *flags))
+        assert message in line and f"bad_rewards:{name}" in line and "background'" in line  # the reward and the prompt
+    assert checkpoint.read_state(tmp_path / "late_nan")["epoch"] == len(metrics(tmp_path / "late_nan")) - 1 >= 1
+
+
+def test_non_finite_loss_stops(capsys, tmp_path, model_folder):
+    assert "loss inf" in refused(capsys, arguments(model_folder, tmp_path / "run", "--kl_weight", "1e-30"))
+
+
+def test_wrong_checkpoints(capsys, tmp_path, model_folder, finished):
+    assert "no checkpoint under" in refused(capsys, ["--resume", tmp_path / "nowhere"])
+    assert "cannot resume" in refused(capsys, ["--resume", finished, "--learning_rate", "1"])
+    assert "already holds a run" in refused(capsys, arguments(model_folder, finished))
+
+    def copied(name):
+        run = tmp_path / name
+        train.main(arguments(model_folder, run, "--epochs", "1", "--heldout_prompts", ""))
+        return run, checkpoint.all_checkpoints(run)[-1]
+
+    run, folder = copied("damaged")
+    whole = (folder / "weights.safetensors").read_bytes()
+    (folder / "weights.safetensors").write_bytes(whole[: len(whole) // 2])
+    assert "damaged checkpoint" in refused(capsys, ["--resume", run, "--epochs", "2"])
+    (folder / "weights.safetensors").unlink()
+    assert "damaged checkpoint" in refused(capsys, ["--resume", run, "--epochs", "2"])
+    (folder / "state.json").write_text('{"epoch": ')
+    assert "damaged checkpoint" in refused(capsys, ["--resume", run, "--epochs", "2"])
+
+    run, folder = copied("foreign")
+    state = json.loads((folder / "state.json").read_text())
+    state["config"]["model"] = str(other_model(tmp_path))
+    (folder / "state.json").write_text(json.dumps(state))
+    assert "foreign checkpoint" in refused(capsys, ["--resume", run, "--epochs", "2"])
+
+
+def other_model(tmp_path) -> Path:
+    """A pipeline with wider layers."""
+    import toy_model
+
+    folder = tmp_path / "other"
+    toy_model.initial_pipeline(channels=(16, 16), width=16).save_pretrained(folder)
+    return folder
+
+
+def test_unwritable_output_folder(capsys, tmp_path, model_folder):
+    (tmp_path / "file").write_text("not a folder")
+    line = refused(capsys, [*SEVERAL_UPDATES, "--model", model_folder, "--output_dir", tmp_path / "file" / "run"])
+    assert "Not a directory" in line and "file" in line
