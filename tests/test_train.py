@@ -96,8 +96,8 @@ def test_two_processes_equal_one(finished, model_folder, tmp_path):
         assert a["heldout_reward"] == pytest.approx(b["heldout_reward"], abs=1e-4)
         if a["epoch"]:
             assert a["reward_mean"] == pytest.approx(b["reward_mean"], abs=1e-5)
-            assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
-            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2)
+            assert a["loss"] == pytest.approx(b["loss"], rel=2e-2)
+            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=2e-2)
 
 
 def test_resumed_equals_uninterrupted_bit_for_bit(finished, model_folder, tmp_path):
