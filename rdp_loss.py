@@ -43,7 +43,8 @@ def mean_over_pairs(errors: Tensor, rewards: Tensor) -> Tensor:
     """Mean over the pairs of each prompt with r_i > r_j, then over prompts; errors (N, B, B) -> scalar  (Appendix G).
 
     Each unordered pair counts once and ties in reward drop out. A prompt whose rewards are all equal says nothing about
-    what to prefer; its mean is over an empty set (NaN in the paper's code) and is defined as zero loss, zero gradient.
+    what to prefer.
+    NOT IN PAPER: its mean is over an empty set (NaN in the authors' code) and is defined as zero loss, zero gradient.
     """
     counted = pairwise_differences(rewards) > 0
     per_prompt = torch.where(counted, errors, 0).sum((-2, -1)) / counted.sum((-2, -1)).clamp(min=1)

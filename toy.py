@@ -91,7 +91,7 @@ PROMPT_SETS = {
     "toy-small": small_set,
     "toy-heldout-one": lambda: held_out_set(False),
     "toy-heldout-two": lambda: held_out_set(True),
-    "toy-heldout": lambda: held_out_set(False) + held_out_set(True),
+    "toy-heldout": lambda: [prompt for both in zip(held_out_set(False), held_out_set(True), strict=True) for prompt in both],
 }
 
 

@@ -165,7 +165,7 @@ def evaluate(config: Config, run: Path, completed: int, pipe, policy: Policy, he
     """Mean reward of the held-out prompts at fixed seeds; the first pictures of them go to run/samples."""
     if not heldout:
         return None
-    share = range(RANK, len(heldout), WORLD_SIZE)
+    share = range(RANK * len(heldout) // WORLD_SIZE, (RANK + 1) * len(heldout) // WORLD_SIZE)
     prompts, names = [heldout[i] for i in share], [(config.seed, EVALUATION, i, 0) for i in share]
     images = sample_images(policy, pipe, prompts, names, config.sample_batch_size)
     rewards = together(lambda: reward(images, prompts))

@@ -12,7 +12,9 @@ from prompts import load_prompts
 from rewards import load_reward
 from sampler import EVALUATION, sample_images
 
-FLAGS = "--prompts toy-small --rewards toy-alignment toy-colourfulness --images_per_prompt 2 --num_steps 2 --guidance_scale 1".split()
+FLAGS = (
+    "--prompts toy-small --rewards toy-alignment toy-colourfulness --images_per_prompt 2 --num_steps 2 --guidance_scale 1".split()
+)
 
 
 @pytest.fixture(scope="module")

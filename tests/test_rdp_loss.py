@@ -169,7 +169,9 @@ def test_one_pair_by_hand():
 
 def test_mean_over_steps_only_rescales_beta():
     log_probs, _, ref, rewards = tables(t=5)
-    assert rdp_loss(log_probs, ref, rewards, 0.3, "sum").item() == pytest.approx(25 * rdp_loss(log_probs, ref, rewards, 1.5).item())
+    assert rdp_loss(log_probs, ref, rewards, 0.3, "sum").item() == pytest.approx(
+        25 * rdp_loss(log_probs, ref, rewards, 1.5).item()
+    )
     with pytest.raises(ValueError, match="mean, sum"):
         rdp_loss(log_probs, ref, rewards, 0.3, "max")
 

@@ -42,7 +42,9 @@ def test_own_function_from_the_working_directory(tmp_path, monkeypatch):
     sys.modules.pop("mine")
 
 
-@pytest.mark.parametrize("spec", ["nope", "nope=1", "toy-alignment=x", "toy-alignment=nan", "os:nothing", "missing_module:f", "math:pi"])
+@pytest.mark.parametrize(
+    "spec", ["nope", "nope=1", "toy-alignment=x", "toy-alignment=nan", "os:nothing", "missing_module:f", "math:pi"]
+)
 def test_unknown_rewards_are_refused(spec):
     with pytest.raises(ValueError, match=spec.split("=")[0]):
         load_rewards([spec])

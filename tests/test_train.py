@@ -169,9 +169,9 @@ def test_fp16_gradient_is_the_fp32_one(model_folder, tmp_path):
 def test_batch_arithmetic_is_printed_and_right(capsys, finished, model_folder, tmp_path):
     train.main(arguments(model_folder, tmp_path / "run", "--epochs", "1"))
     printed = capsys.readouterr().out
-    assert "4 of 45 prompts x 3 images = 12 trajectories x 5 steps = 60 log-probs" in printed
+    assert "4 of 45 prompts x 3 images = 12 trajectories x 4 steps = 48 log-probs" in printed
     assert "4 prompts x 3 = 12 pairs" in printed
-    assert "60 log-probs each = 0 micro-batches of 64 and one of 60" in printed
+    assert "48 log-probs each = 0 micro-batches of 64 and one of 48" in printed
     assert "clip_range 0.003 is 0.768 nats a step" in printed
 
 
@@ -194,7 +194,9 @@ def test_toy_preset_and_defaults():
     config = parse([])
     assert (config.preset, config.model, config.output_dir) == ("toy", "toy", "runs/toy")
     assert parse(["--preset", "toy", "--epochs", "3"]).epochs == 3
-    table_4_small = dict(epochs=100, updates_per_epoch=10, prompts_per_epoch=32, images_per_prompt=16, kl_weight=3e-5, num_steps=50)
+    table_4_small = dict(
+        epochs=100, updates_per_epoch=10, prompts_per_epoch=32, images_per_prompt=16, kl_weight=3e-5, num_steps=50
+    )
     table_4_small |= dict(clip_range=1e-6, guidance_scale=5.0, max_grad_norm=1.0, learning_rate=1e-5, weight_decay=1e-4, eta=1.0)
     assert {name: getattr(Config(), name) for name in table_4_small} == table_4_small
     assert callable(describe)
