@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint
+.PHONY: demo test lint results
 .DELETE_ON_ERROR:
 
 demo: runs/demo/evaluation/table.md
@@ -29,3 +29,16 @@ runs/demo/pipeline/model_index.json: | .venv/installed
 runs/demo/evaluation/table.md: runs/demo/pipeline/model_index.json
 	$(BIN)/python evaluate.py --run runs/demo --prompts toy-heldout-one toy-heldout-two toy-small \
 		--rewards toy-alignment toy-colourfulness
+
+# Three seeds of the demo and the benchmark, as committed under results/.
+results: .venv/installed
+	for seed in 0 1 2; do \
+		$(BIN)/python train.py --preset toy --seed $$seed --output_dir runs/seed$$seed && \
+		$(BIN)/python evaluate.py --run runs/seed$$seed --seed $$seed --prompts toy-heldout toy-small \
+			--rewards toy-alignment toy-colourfulness && \
+		mkdir -p results/toy-seed$$seed && \
+		cp runs/seed$$seed/metrics.jsonl runs/seed$$seed/config.json runs/seed$$seed/evaluation/results.json \
+			results/toy-seed$$seed/ || exit 1; \
+	done
+	$(BIN)/python toy_model.py > results/toy-limits.json
+	$(BIN)/python benchmark.py --output results/benchmark.json

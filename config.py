@@ -76,7 +76,7 @@ PRESETS: dict[str, dict] = {
     # means over D = 256 dimensions: the large-scale epsilon of 1e-4 at D = 16384 is 1.64 nats per step, here 6.4e-3.
     "toy": dict(
         model="toy", prompts="toy-train", heldout_prompts="toy-heldout", reward=["toy-alignment"],
-        epochs=60, updates_per_epoch=1, prompts_per_epoch=16, images_per_prompt=8, kl_weight=0.01, clip_range=6.4e-3,
+        epochs=80, updates_per_epoch=1, prompts_per_epoch=16, images_per_prompt=8, kl_weight=0.01, clip_range=6.4e-3,
         num_steps=5, guidance_scale=1.0, learning_rate=1e-4, sample_batch_size=64, train_batch_size=64,
     ),
 }  # fmt: skip

@@ -150,8 +150,8 @@ def draw(prompts: list[str], rng: random.Random) -> Tensor:
 
 # The alignment score asks which scene drew the picture, by Bayes' rule over all scenes of the prompt's kind with the
 # likelihood exp(-squared error / TEMPERATURE). A picture further than NO_SCENE (sum over pixels of the squared RGB distance)
-# from all of them counts as none. Both were set so that drawn pictures score nearly 1 and noise scores 0.
-TEMPERATURE, NO_SCENE = 2.0, 70.0
+# from all of them counts as none. Both were set so that drawn pictures score near 1, noise scores 0, and the score is smooth.
+TEMPERATURE, NO_SCENE = 6.0, 70.0
 _PAIRS = torch.cdist(PALETTE, PALETTE) ** 2  # squared distance between any two colours
 _SEEN_THROUGH = (MASKS * (1 - MASKS)).sum((-2, -1))  # half-covered edge pixels, where object and background mix
 

@@ -26,7 +26,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import toy
 
-AUTOENCODER_STEPS, UNET_STEPS, BATCH = 500, 700, 64
+AUTOENCODER_STEPS, UNET_STEPS, BATCH = 500, 750, 64
+MISMATCHED = 0.2  # share of captions that belong to another picture, in the last third of training
 LOG_SNR = (3.0, -7.0)  # of the cleanest and of the noisiest timestep
 MAX_TOKENS = 20
 
@@ -129,8 +130,13 @@ def train_unet(pipe: StableDiffusionPipeline, captions: Captions, steps: int) ->
     """Fits UNet and text encoder to v = sqrt(abar) noise - sqrt(1 - abar) x_0; one caption in ten is left out for guidance."""
     tokenizer, scheduler = pipe.tokenizer, pipe.scheduler
 
+    mismatched = iter([0] * (2 * steps // 3) + [int(MISMATCHED * BATCH)] * steps)
+
     def loss_of_batch():
         prompts, images = captions.batch()
+        # As in pictures from the web, some captions are another picture's: the model learns to trust its prompt only so far.
+        wrong = next(mismatched)
+        prompts = prompts[1:wrong] + prompts[:1] + prompts[wrong:] if wrong else prompts
         with torch.no_grad():
             x_0 = pipe.vae.encode(images).latents * pipe.vae.config.scaling_factor
         prompts = ["" if captions.rng.random() < 0.1 else prompt for prompt in prompts]
