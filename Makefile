@@ -27,7 +27,7 @@ runs/demo/pipeline/model_index.json: | .venv/installed
 	$(BIN)/python train.py $(if $(wildcard runs/demo/checkpoints),--resume runs/demo,--preset toy --output_dir runs/demo)
 
 runs/demo/evaluation/table.md: runs/demo/pipeline/model_index.json
-	$(BIN)/python evaluate.py --run runs/demo --prompts toy-heldout-one toy-heldout-two toy-small \
+	$(BIN)/python evaluate.py --run runs/demo --prompts toy-heldout toy-small \
 		--rewards toy-alignment toy-colourfulness
 
 # Three seeds of the demo and the benchmark, as committed under results/.

@@ -14,8 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from evaluate import provenance
 from processes import one_line_errors
+from provenance import provenance
 
 EPOCHS = 3
 

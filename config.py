@@ -34,7 +34,8 @@ class Config:
     model: str = setting(
         "CompVis/stable-diffusion-v1-4", "Pipeline: 'toy', a folder, or a hub id; pi_ref, where pi_theta starts."
     )
-    prompts: str = setting("toy-train", "Training prompts p(c): a named set, or a text file with one per line.")
+    prompts: str = setting("toy-train", "Training prompts p(c): a named set, or a .txt, .json, .jsonl, .csv or .parquet file.")
+    prompts_dir: str = setting("", "Folder with the hub's prompt files as DATA_SET/FILE; by default the hub itself.")
     heldout_prompts: str = setting("", "Prompts scored at fixed seeds every --eval_every epochs; empty for none.")
     reward: list[str] = setting(["toy-alignment"], "Reward r: names or module:function, each with an optional =weight, summed.")
     method: str = setting("prdp", "The loss.")

@@ -10,11 +10,8 @@ with command, versions and machine) and, of every prompt set, pictures-SET.png w
 import dataclasses
 import json
 import math
-import os
-import platform
 import sys
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -25,6 +22,7 @@ import processes
 from config import Parser, setting
 from pipeline import encode_prompts, load_pipeline
 from prompts import load_prompts
+from provenance import provenance
 from rewards import RewardError, load_reward
 from sampler import EVALUATION, Policy, ddim_scheduler, sample_images
 
@@ -34,6 +32,7 @@ class EvaluationConfig:
     run: str = setting("", "Run folder of train.py: compares its start and its result, with its sampler.")
     models: list[str] = setting([], "name=pipeline, the first is the base; by default those of --run.")
     prompts: list[str] = setting([], "Named sets or files; by default the held-out prompts of --run.")
+    prompts_dir: str = setting("", "Folder with the hub's prompt files as DATA_SET/FILE; by default the hub itself.")
     rewards: list[str] = setting([], "Names or module:function, each its own column; by default those of --run.")
     images_per_prompt: int = setting(4, "Pictures of every prompt by every model.")
     num_steps: int = setting(50, "T; with --run its own, unless given.")
@@ -41,7 +40,7 @@ class EvaluationConfig:
     eta: float = setting(1.0, "Noise of a step relative to DDPM's; with --run its own, unless given.")
     seed: int = setting(0, "Of the noise.")
     batch_size: int = setting(64, "Pictures at a time; does not change the result by more than rounding.")
-    pictures: int = setting(8, "Prompts of each set whose first picture is shown.")
+    pictures: int = setting(12, "Prompts of each set whose first picture is shown.")
     output_dir: str = setting("", "By default evaluation/ in --run.")
 
 
@@ -72,17 +71,6 @@ def parse(argv: list[str]) -> EvaluationConfig:
     if any("=" not in model for model in config.models):
         raise ValueError(f"--models takes name=pipeline, not {next(m for m in config.models if '=' not in m)!r}")
     return config
-
-
-def provenance(script: str, argv: list[str]) -> dict:
-    """The command, the versions and the kind of machine that a result comes from."""
-    packages = ("torch", "diffusers", "transformers")
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "command": " ".join(["python", script, *argv]),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
-        "machine": {"cpu_cores": os.cpu_count(), "processor": platform.machine(), "gpu": gpu},
-    }
 
 
 def score_model(config: EvaluationConfig, folder: str, prompt_sets: dict, rewards: dict, device) -> tuple[dict, dict]:
@@ -144,7 +132,7 @@ def main(argv: list[str]) -> None:
     with processes.one_line_errors(ValueError, OSError, RewardError):
         config = parse(argv)
         device = processes.start()
-        prompt_sets = {name: load_prompts(name) for name in config.prompts}
+        prompt_sets = {name: load_prompts(name, config.prompts_dir) for name in config.prompts}
         rewards = {name: load_reward(name) for name in config.rewards}
         output = Path(config.output_dir)
         output.mkdir(parents=True, exist_ok=True)
@@ -156,9 +144,9 @@ def main(argv: list[str]) -> None:
         (output / "results.json").write_text(json.dumps(result, indent=1))
         (output / "table.md").write_text(markdown_table(rows))
         for set_name, prompts in prompt_sets.items():
-            columns = {model: pictures[model][set_name] for model in pictures}
+            rows_of_pictures = {model: pictures[model][set_name] for model in pictures}
             file = f"pictures-{Path(set_name).stem}.png"
-            plots.grid(columns, prompts[: len(next(iter(columns.values())))], output / file)
+            plots.grid(rows_of_pictures, prompts[: config.pictures], output / file)
     print(markdown_table(rows))
     print(f"details in {output / 'results.json'}, pictures in {output}/pictures-*.png")
 

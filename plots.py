@@ -1,5 +1,6 @@
 """Pictures of a run: curves and labelled grids, as PNG."""
 
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -13,9 +14,7 @@ from torch import Tensor
 def reward_curve(metrics: list[dict], path: Path) -> None:
     """Reward of the training samples (mean and one standard deviation) and of the held-out prompts, against epochs."""
     figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    epochs = [line["epoch"] for line in metrics]
-    mean = [line["reward_mean"] for line in metrics]
-    spread = [line["reward_std"] for line in metrics]
+    epochs, mean, spread = zip(*((m["epoch"], m["reward_mean"], m["reward_std"]) for m in metrics if m["epoch"]), strict=True)
     low, high = [[m + sign * s for m, s in zip(mean, spread, strict=True)] for sign in (-1, 1)]
     axes.fill_between(epochs, low, high, alpha=0.15, linewidth=0)
     axes.plot(epochs, mean, label="training prompts (mean, standard deviation)")
@@ -29,23 +28,32 @@ def reward_curve(metrics: list[dict], path: Path) -> None:
     plt.close(figure)
 
 
-def grid(columns: dict[str, Tensor], prompts: list[str], path: Path, notes: dict[str, list[str]] | None = None) -> None:
-    """One row per prompt and one column per title, each a (rows, 3, H, W) tensor in [0, 1]; notes are written under pictures."""
-    rows = len(prompts)
+def grid(rows: dict[str, Tensor], prompts: list[str], path: Path, across: int = 6) -> None:
+    """Pictures of several models below each other, `across` prompts side by side, then the next band of prompts.
+
+    rows: title -> (P, 3, H, W) in [0, 1], in the order of the P prompts.
+    """
+    bands, across = -(-len(prompts) // across), min(across, len(prompts))
     figure, axes = plt.subplots(
-        rows, len(columns), figsize=(1.5 * len(columns) + 3.2, 1.65 * rows), squeeze=False, layout="constrained"
+        bands * len(rows),
+        across,
+        figsize=(1.5 * across + 0.4, bands * (1.5 * len(rows) + 0.6)),
+        squeeze=False,
+        layout="constrained",
     )
-    for column, (title, images) in enumerate(columns.items()):
-        for row in range(rows):
-            axis = axes[row][column]
-            axis.imshow(images[row].permute(1, 2, 0).clamp(0, 1).cpu().numpy(), interpolation="nearest")
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for n, prompt in enumerate(prompts):
+        band, column = divmod(n, across)
+        for below, (title, images) in enumerate(rows.items()):
+            axis = axes[band * len(rows) + below][column]
+            axis.set_axis_on()
+            axis.imshow(images[n].permute(1, 2, 0).clamp(0, 1).cpu().numpy(), interpolation="nearest")
             axis.set(xticks=[], yticks=[])
-            if row == 0:
-                axis.set_title(title, fontsize=9)
-            if notes:
-                axis.set_xlabel(notes[title][row], fontsize=7)
+            if below == 0:
+                shortened = textwrap.fill(textwrap.shorten(prompt, 100), 24)
+                axis.set_title(shortened.replace("$", r"\$"), fontsize=7)
             if column == 0:
-                label = prompts[row].replace("$", r"\$")
-                axis.set_ylabel(label, fontsize=7, rotation=0, ha="right", va="center", wrap=True)
+                axis.set_ylabel(title, fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -112,7 +112,10 @@ def ddim_gaussian(scheduler: DDIMScheduler, model_output: Tensor, x_t: Tensor, t
 
 
 def noisy_steps(scheduler: DDIMScheduler, eta: float) -> Tensor:
-    """Indices (S,) into the T steps of those that draw noise; a last step with sigma = 0 has no log-prob."""
+    """Indices (S,) into the T steps of those that draw noise.
+
+    NOT IN PAPER: a step with sigma = 0, which some schedules end with, has no log-prob and is left out of the table.
+    """
     nothing = torch.zeros(len(scheduler.timesteps), 1, 1, 1)
     _, sigma = ddim_gaussian(scheduler, nothing, nothing, scheduler.timesteps.cpu(), eta)
     return (sigma.flatten() > 0).nonzero().flatten()

@@ -5,7 +5,7 @@ CLIPTokenizer with a vocabulary of its own, DDIMScheduler; of diffusers' autoenc
 pictures of toy.py (32x32 pixels, 8x8x4 latents) and saved as an ordinary StableDiffusionPipeline folder. Nothing else in
 this project knows that it is small.
 
-    python toy_model.py              # builds it where train.py looks for it, unless it is there already
+    python toy_model.py     # builds it where train.py looks for it, unless it is there, and prints what scores to expect
 """
 
 import hashlib
@@ -13,6 +13,7 @@ import json
 import os
 import random
 import shutil
+import sys
 from itertools import chain
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import toy
+from provenance import provenance
 
 AUTOENCODER_STEPS, UNET_STEPS, BATCH = 500, 750, 64
 MISMATCHED = 0.2  # share of captions that belong to another picture, in the last third of training
@@ -176,7 +178,7 @@ def ensure() -> Path:
     """The folder of the miniature, built now if this is the first use (about 3 minutes on 2 cores)."""
     folder = toy_folder()
     if not folder.exists():
-        print(f"Building the miniature Stable Diffusion in {folder} (first use only)", flush=True)
+        print(f"Building the miniature Stable Diffusion in {folder} (first use only)", file=sys.stderr, flush=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
         build(folder)
     return folder
@@ -200,4 +202,4 @@ def limits(folder: Path) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    print(json.dumps({"folder": str(ensure()), "heldout_alignment": limits(toy_folder())}))
+    print(json.dumps(provenance("toy_model.py", []) | {"heldout_alignment": limits(ensure())}, indent=1))

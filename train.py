@@ -94,7 +94,8 @@ def train(
                 """(N, B, S) log-probs of this epoch's trajectories, computed in parts and the same in every process."""
                 return together(lambda: log_prob_table(of_policy, latents, cond, config.train_batch_size)).view_as(sampled)
 
-            # With K = 1 nothing has changed since the trajectories were drawn, so the table made on the way serves.
+            # With K = 1 nothing has changed since the trajectories were drawn, so the table made on the way serves. NOT IN PAPER:
+            # with K > 1 it is made again in the batches of the updates, so that rounding does not pass for a log-ratio.
             log_probs_old = sampled if K == 1 else table(policy)
             lap("update")
             log_probs_ref = log_probs_old if epoch == 0 else table(reference)  # in epoch 0 theta is ref
@@ -214,7 +215,7 @@ def write_metrics(run: Path, metrics: list[dict]) -> None:
         unfinished.write_text("".join(json.dumps(line) + "\n" for line in metrics))
         unfinished.replace(run / "metrics.jsonl")
         if len(metrics) > 1 and metrics[-1]["heldout_reward"] is not None:
-            plots.reward_curve(metrics[1:], run / "reward.png")
+            plots.reward_curve(metrics, run / "reward.png")
 
 
 def prepare_folder(config: Config) -> Path:
@@ -233,8 +234,8 @@ def main(argv: list[str]) -> None:
         config = parse(argv)
         check(config, METHODS, WORLD_SIZE)
         device = processes.start()
-        prompts = load_prompts(config.prompts)
-        heldout = load_prompts(config.heldout_prompts) if config.heldout_prompts else []
+        prompts = load_prompts(config.prompts, config.prompts_dir)
+        heldout = load_prompts(config.heldout_prompts, config.prompts_dir) if config.heldout_prompts else []
         reward = load_rewards(config.reward)
         pipe = load_pipeline(config.model, device)
         policy = Policy(

@@ -1,6 +1,7 @@
 """Names in the README exist, and the departures it lists are the ones marked in the code."""
 
 import ast
+import json
 import re
 
 from conftest import ROOT
@@ -38,3 +39,33 @@ def test_departures_are_marked_and_listed():
     assert marked
     for file, _ in marked:
         assert f"`{file}`" in listed, file
+
+
+def test_results_in_the_readme_are_the_committed_ones():
+    limits = json.loads((ROOT / "results" / "toy-limits.json").read_text())["heldout_alignment"]
+    assert f"({limits['autoencoder']:.3f})" in README and f"Chance is {limits['chance']:.3f}" in README
+    rows = {
+        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
+        for line in README.splitlines()
+        if "|" in line
+    }
+    for seed in range(3):
+        folder = ROOT / "results" / f"toy-seed{seed}"
+        result = json.loads((folder / "results.json").read_text())
+        assert result["versions"]["torch"] and result["machine"]["cpu_cores"] and result["command"]
+        scores = {(r["model"], r["prompts"], r["reward"]): r for r in result["results"]}
+        before, after = (scores[model, "toy-heldout", "toy-alignment"] for model in ("base", "tuned"))
+        for title, row in (("alignment (the reward) before", before), ("alignment after", after)):
+            assert rows[title][seed] == f"{row['mean']:.3f} ± {row['standard_error']:.3f}"
+        closed = (after["mean"] - before["mean"]) / (limits["autoencoder"] - before["mean"])
+        assert closed > 0.25
+        title = f"of the distance to what the autoencoder can show ({limits['autoencoder']:.3f}) closed"
+        assert rows[title][seed] == f"{100 * closed:.0f} %"
+        small = [scores[model, "toy-small", "toy-alignment"]["mean"] for model in ("base", "tuned")]
+        assert f"{small[0]:.3f} to {small[1]:.3f}" in README.replace("\n", " ")
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        seconds = sum(sum(line["seconds"].values()) for line in lines[1:])
+        assert rows["seconds of finetuning on 2 CPU cores, with evaluation"][seed] == f"{seconds:.0f}" and seconds < 240
+    rows = json.loads((ROOT / "results" / "benchmark.json").read_text())["results"]
+    least, most = (row["peak_memory_gib"] for row in rows)
+    assert f"{least:.3f} GiB" in README and f"{most:.3f} GiB" in README and most < 1.05 * least
