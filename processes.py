@@ -6,6 +6,7 @@ GPUs by NCCL.
 """
 
 import os
+import pickle
 import resource
 import sys
 from collections.abc import Callable, Iterator
@@ -43,21 +44,23 @@ def barrier() -> None:
 def together(produce: Callable[[], Tensor]) -> Tensor:
     """Runs `produce` in every process and returns the results (on the CPU) joined by rank, the same in all.
 
-    If it raises in one process, all of them raise, so that none waits for a result that never comes.
+    If it raises in one process, the same is raised in all, so that none waits for a result that never comes.
     """
+    if WORLD_SIZE == 1:
+        return produce().cpu()
+    parts: list = [None] * WORLD_SIZE
     try:
         mine = produce().cpu()
     except Exception as error:
         mine = error
-    parts = [mine]
-    if WORLD_SIZE > 1:
-        parts = [None] * WORLD_SIZE
-        dist.all_gather_object(parts, mine if isinstance(mine, Tensor) else f"{mine}")
-    if not isinstance(mine, Tensor):
-        raise mine
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:  # some errors do not travel
+            mine = RuntimeError(f"{type(error).__name__}: {error}")
+    dist.all_gather_object(parts, mine)
     for part in parts:
-        if isinstance(part, str):
-            raise RuntimeError(part)
+        if isinstance(part, Exception):
+            raise part
     return torch.cat(parts)
 
 

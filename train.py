@@ -60,9 +60,7 @@ def train(
     N, B, K = config.prompts_per_epoch, config.images_per_prompt, config.updates_per_epoch
     mine = slice(RANK * N // WORLD_SIZE * B, (RANK + 1) * N // WORLD_SIZE * B)  # this process's rows of the N * B
     method = METHODS[config.method](config)
-
     parameters = list(policy.unet.parameters())
-
     if completed:
         metrics = [line for line in read_metrics(run) if line["epoch"] <= completed]
     else:
@@ -109,7 +107,8 @@ def train(
                     # pass per micro-batch of entries, weighted by it. That is the exact gradient (sampler.py).
                     (table_grad,) = torch.autograd.grad(loss, log_probs)
                     # fp16 has no small numbers: its backward pass runs on a multiple of the derivative.
-                    scale = math.sqrt(policy.latent_size) / table_grad.abs().max().item() if config.autocast == "fp16" else 1.0
+                    largest = table_grad.abs().max().item() or 1.0
+                    scale = math.sqrt(policy.latent_size) / largest if config.autocast == "fp16" else 1.0
                     optimizer.zero_grad()
                     row_grad = table_grad.flatten(0, 1)[mine] * scale
                     recomputed = backward_through_table(policy, latents, cond, row_grad, config.train_batch_size)
@@ -147,6 +146,9 @@ def train(
                 write_metrics(run, metrics)
                 if completed % config.save_every == 0 or completed == config.epochs:
                     save()
+    except RewardError:
+        save()
+        raise
     except KeyboardInterrupt:
         save()
         say(f"\nstopped after epoch {completed} of {config.epochs}; go on with: python train.py --resume {run}")
@@ -221,11 +223,16 @@ def write_metrics(run: Path, metrics: list[dict]) -> None:
 def prepare_folder(config: Config) -> Path:
     """The run folder; ValueError if another run is there, OSError if it cannot be written."""
     run = Path(config.output_dir)
-    if not config.resume and (run / "metrics.jsonl").exists():
-        raise ValueError(f"{run} already holds a run: continue it with --resume {run}, or choose another --output_dir")
-    if RANK == 0:
-        (run / "samples").mkdir(parents=True, exist_ok=True)
-        (run / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
+
+    def prepare() -> torch.Tensor:
+        if RANK == 0:
+            if not config.resume and (run / "metrics.jsonl").exists():
+                raise ValueError(f"{run} already holds a run: continue it with --resume {run}, or choose another --output_dir")
+            (run / "samples").mkdir(parents=True, exist_ok=True)
+            (run / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
+        return torch.empty(0)
+
+    together(prepare)
     return run
 
 

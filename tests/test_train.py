@@ -21,6 +21,8 @@ from toy import alignment
 
 TINY = "--preset toy --prompts toy-small --prompts_per_epoch 4 --images_per_prompt 3 --learning_rate 1e-3 --eval_every 2".split()
 CLOCK_AND_MEMORY = ("seconds", "images_per_second", "peak_memory_gib")
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
+ONE_THREAD = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
 SEVERAL_UPDATES = [*TINY, "--updates_per_epoch", "3", "--clip_range", "3e-3", "--guidance_scale", "3"]
 
 
@@ -75,11 +77,9 @@ def test_result_opens_with_plain_diffusers_and_is_what_was_trained(finished, mod
 
 def test_two_processes_equal_one(finished, model_folder, tmp_path):
     run = tmp_path / "two"
-    command = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29512", "train.py"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, *command, *arguments(model_folder, run, "--epochs", "2")],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240,
+        [*TORCHRUN, *arguments(model_folder, run, "--epochs", "2")],
+        cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     start = load_file(model_folder / "unet" / "diffusion_pytorch_model.safetensors")
@@ -109,6 +109,24 @@ def test_resumed_equals_uninterrupted_bit_for_bit(finished, model_folder, tmp_pa
         assert torch.equal(tensor, weights(finished)[name]), name
 
 
+def bad_on_one_rank(images, prompts):
+    """Fails in the second of two processes only."""
+    if os.environ["RANK"] == "1":
+        raise KeyError("lost")
+    return alignment(images, prompts)
+
+
+def test_failing_reward_in_one_process_stops_all_with_one_message(model_folder, tmp_path):
+    done = subprocess.run(
+        [*TORCHRUN, *arguments(model_folder, tmp_path / "run", "--epochs", "2", "--heldout_prompts", ""),
+         "--reward", "test_train:bad_on_one_rank"],
+        cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode != 0
+    errors = [line for line in done.stderr.splitlines() if line.startswith("train.py: error: ")]
+    assert len(errors) == 1 and "test_train:bad_on_one_rank" in errors[0] and "raised KeyError" in errors[0]
+
+
 def slow_reward(images, prompts):
     """The toy reward, at a speed at which Ctrl-C can be aimed."""
     time.sleep(0.3)
@@ -118,10 +136,9 @@ def slow_reward(images, prompts):
 def test_ctrl_c_saves_and_can_be_resumed(model_folder, tmp_path):
     run = tmp_path / "stopped"
     flags = ["--reward", "test_train:slow_reward", "--sample_batch_size", "4"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, "train.py", *arguments(model_folder, run, "--epochs", "1000", *flags)],
-        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=ROOT, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     deadline = time.time() + 120
     while not ((run / "metrics.jsonl").exists() and len(metrics(run)) > 1) and time.time() < deadline:
@@ -243,7 +260,7 @@ def test_failing_rewards_lose_nothing(capsys, tmp_path, model_folder):
     sys.path.append(str(tmp_path))
     for name, message in (("broken", "raised ZeroDivisionError"), ("short", "returned shape (1,)"), ("late_nan", "returned nan")):
         run = tmp_path / name
-        flags = ["--reward", f"bad_rewards:{name}", "--epochs", "9", "--save_every", "1"]
+        flags = ["--reward", f"bad_rewards:{name}", "--epochs", "9", "--save_every", "100"]
         line = refused(capsys, arguments(model_folder, run, *flags))
         assert message in line and f"bad_rewards:{name}" in line and "background'" in line  # the reward and the prompt
     assert checkpoint.read_state(tmp_path / "late_nan")["epoch"] == len(metrics(tmp_path / "late_nan")) - 1 >= 1
