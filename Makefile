@@ -6,10 +6,8 @@ BIN := .venv/bin
 
 demo: runs/demo/evaluation/table.md
 	@echo
-	@cat runs/demo/evaluation/table.md
-	@echo
-	@echo "Look at runs/demo/reward.png (the reward on prompts never trained on, rising) and"
-	@echo "runs/demo/evaluation/pictures-*.png (before and after, the same noise)."
+	@echo "Look at runs/demo/reward.png (the reward on prompts never trained on, rising),"
+	@echo "runs/demo/evaluation/pictures-*.png (before and after, from the same noise) and table.md beside them."
 
 test: .venv/installed
 	$(BIN)/python -m pytest -q tests
