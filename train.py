@@ -138,12 +138,14 @@ def train(
                     "peak_memory_gib": processes.peak_memory_gib(),
                     "images_per_second": N * B / sum(lap.seconds.values()),
                     "heldout_reward": None,
+                    "seconds": lap.seconds,
                 }
+                metrics.append(line)
+                write_metrics(run, metrics)
                 if completed % config.eval_every == 0 or completed == config.epochs:
                     line["heldout_reward"] = evaluate(config, run, completed, pipe, policy, heldout, reward)
                     lap("evaluate")
-                metrics.append(line | {"seconds": lap.seconds})
-                write_metrics(run, metrics)
+                    write_metrics(run, metrics)
                 if completed % config.save_every == 0 or completed == config.epochs:
                     save()
     except RewardError:

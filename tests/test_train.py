@@ -83,14 +83,9 @@ def test_two_processes_equal_one(finished, model_folder, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     start = load_file(model_folder / "unet" / "diffusion_pytorch_model.safetensors")
-    # Adam makes steps even of the rounding of gradients that should be zero (biases before a normalisation). The yardstick is
-    # therefore one process that sums in another order: two processes must be no further from one than that.
-    other_order = tmp_path / "other_order"
-    train.main(arguments(model_folder, other_order, "--epochs", "2", "--train_batch_size", "30"))
-    one, two, yardstick = (
-        torch.cat([(weights(folder)[n] - t).flatten() for n, t in start.items()]) for folder in (finished, run, other_order)
-    )
-    assert (two - one).norm() < 3 * (yardstick - one).norm() < 0.2 * one.norm()
+    one, two = (torch.cat([(weights(folder)[n] - t).flatten() for n, t in start.items()]) for folder in (finished, run))
+    # Adam makes steps even of the rounding of gradients that should be zero (biases before a normalisation): a few percent.
+    assert (two - one).norm() < 0.1 * one.norm()
     for a, b in zip(metrics(run), metrics(finished), strict=True):
         assert a["heldout_reward"] == pytest.approx(b["heldout_reward"], abs=1e-4)
         if a["epoch"]:
