@@ -149,6 +149,17 @@ def test_ctrl_c_saves_and_can_be_resumed(model_folder, tmp_path):
     assert [line["epoch"] for line in metrics(run)] == list(range(epochs + 2))
 
 
+def test_ctrl_c_waits_for_the_end_of_the_updates():
+    done = []
+    with pytest.raises(KeyboardInterrupt), train.uninterrupted():
+        os.kill(os.getpid(), signal.SIGINT)
+        done.append("updates")
+    assert done == ["updates"]
+    with train.uninterrupted():
+        done.append("more")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler and len(done) == 2
+
+
 def test_epoch_of_equal_rewards_changes_nothing_but_the_decay(model_folder, tmp_path):
     (tmp_path / "flat.py").write_text("import torch\ndef flat(images, prompts):\n    return torch.ones(len(images))\n")
     sys.path.append(str(tmp_path))
