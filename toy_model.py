@@ -50,7 +50,7 @@ def flat_scheduler() -> DDIMScheduler:
 
     For eta = 1, (d mu / d epsilon)^2 / sigma_t^2 = SNR_{t-1} / SNR_t - 1: the weight of a step's log-prob is constant exactly
     where log-SNR falls linearly. Stable Diffusion's own schedule at 10 steps gives its second-to-last step a weight of 8.
-    (By v, which this network predicts, the derivative has a further factor sqrt(alpha_bar): later steps weigh more, but evenly so.)
+    (By v, which this network predicts, the derivative has a further factor sqrt(alpha_bar): the later steps weigh more.)
     The last step goes to alpha_bar = 1 without noise: it only cleans the picture, has no log-prob, and is left out of the loss.
     """
     alpha_bar = torch.linspace(*LOG_SNR, 1000, dtype=torch.float64).sigmoid()
@@ -169,7 +169,7 @@ def build(folder: Path, seed: int = 0, autoencoder_steps: int = AUTOENCODER_STEP
 
 
 def toy_folder() -> Path:
-    """The folder models/toy-CHECKSUM beside this file, named after the code that makes it: change the code and it is made anew."""
+    """The folder models/toy-CHECKSUM beside this file: change the code that makes the miniature and it is made anew."""
     here = Path(__file__).resolve().parent
     code = b"".join((here / name).read_bytes() for name in ("toy.py", "toy_model.py"))
     return here / "models" / f"toy-{hashlib.sha256(code).hexdigest()[:8]}"
