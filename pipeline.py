@@ -20,9 +20,7 @@ Embeddings = dict[str, Tensor]  # what the UNet is conditioned on; the first dim
 def load_pipeline(name: str, device: torch.device) -> DiffusionPipeline:
     """The frozen fp32 pipeline 'toy', of a folder, or of a hub id, without its safety checker; ValueError if there is none."""
     if name == "toy":
-        if processes.RANK == 0:
-            toy_model.ensure()
-        processes.barrier()
+        processes.in_first(toy_model.ensure)
         name = str(toy_model.toy_folder())
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()

@@ -36,11 +36,6 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def barrier() -> None:
-    """Waits for all processes."""
-    together(lambda: torch.empty(0))
-
-
 def together(produce: Callable[[], Tensor]) -> Tensor:
     """Runs `produce` in every process and returns the results (on the CPU) joined by rank, the same in all.
 
@@ -62,6 +57,17 @@ def together(produce: Callable[[], Tensor]) -> Tensor:
         if isinstance(part, Exception):
             raise part
     return torch.cat(parts)
+
+
+def in_first(action: Callable[[], object]) -> None:
+    """Runs `action` in the first process while the others wait; if it raises there, it raises in all."""
+
+    def part() -> Tensor:
+        if RANK == 0:
+            action()
+        return torch.empty(0)
+
+    together(part)
 
 
 def peak_memory_gib() -> float:

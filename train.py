@@ -226,15 +226,13 @@ def prepare_folder(config: Config) -> Path:
     """The run folder; ValueError if another run is there, OSError if it cannot be written."""
     run = Path(config.output_dir)
 
-    def prepare() -> torch.Tensor:
-        if RANK == 0:
-            if not config.resume and (run / "metrics.jsonl").exists():
-                raise ValueError(f"{run} already holds a run: continue it with --resume {run}, or choose another --output_dir")
-            (run / "samples").mkdir(parents=True, exist_ok=True)
-            (run / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
-        return torch.empty(0)
+    def prepare() -> None:
+        if not config.resume and (run / "metrics.jsonl").exists():
+            raise ValueError(f"{run} already holds a run: continue it with --resume {run}, or choose another --output_dir")
+        (run / "samples").mkdir(parents=True, exist_ok=True)
+        (run / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
 
-    together(prepare)
+    processes.in_first(prepare)
     return run
 
 
