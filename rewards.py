@@ -7,6 +7,7 @@ scores (B,), higher is better. It is never differentiated. `load_reward` makes o
     jpeg-incompressibility        the opposite
     toy-alignment                 share of the prompt's attributes the picture shows, in [0, 1] (toy.py)
     toy-colourfulness             Hasler and Suesstrunk's measure; ignores the prompt, so it can be hacked (toy.py)
+    hpsv2, hpsv2.1, pickscore, aesthetic, clipscore    learned rewards (reward_models.py)
     my_file:my_function           your own function, from a module on the Python path or in the working directory
 
 and `load_rewards(["toy-alignment=1", "toy-colourfulness=0.5"])` makes the weighted sum of several.
@@ -17,15 +18,16 @@ import io
 import math
 import os
 import sys
-from collections.abc import Callable
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+import reward_models
 import toy
+from reward_models import Reward, eight_bit, local_weights
 
-Reward = Callable[[Tensor, list[str]], Tensor]
+CPU = torch.device("cpu")
 
 
 class RewardError(RuntimeError):
@@ -35,7 +37,7 @@ class RewardError(RuntimeError):
 def jpeg_incompressibility(images: Tensor, prompts: list[str]) -> Tensor:
     """Size in kB (1000 bytes) of each picture as a JPEG of quality 95 (DDPO, Sec. 5)."""
     sizes = []
-    for pixels in (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy():
+    for pixels in eight_bit(images).permute(0, 2, 3, 1).cpu().numpy():
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, "JPEG", quality=95)
         sizes.append(buffer.tell() / 1000)
@@ -47,12 +49,12 @@ def jpeg_compressibility(images: Tensor, prompts: list[str]) -> Tensor:
     return -jpeg_incompressibility(images, prompts)
 
 
-# The place for further rewards: a name and a function that loads it.
-LOADERS: dict[str, Callable[[], Reward]] = {
-    "jpeg-compressibility": lambda: jpeg_compressibility,
-    "jpeg-incompressibility": lambda: jpeg_incompressibility,
-    "toy-alignment": lambda: toy.alignment,
-    "toy-colourfulness": lambda: toy.colourfulness,
+# The place for further rewards: a name and a function. Those with weights are in reward_models.LOADERS.
+FUNCTIONS: dict[str, Reward] = {
+    "jpeg-compressibility": jpeg_compressibility,
+    "jpeg-incompressibility": jpeg_incompressibility,
+    "toy-alignment": toy.alignment,
+    "toy-colourfulness": toy.colourfulness,
 }
 
 
@@ -70,13 +72,22 @@ def load_function(name: str) -> Reward:
     return reward
 
 
-def load_reward(name: str) -> Reward:
-    """The reward of that name, checked at every call; ValueError naming the known ones for anything else."""
-    if name in LOADERS:
-        return checked(name, LOADERS[name]())
+def known_rewards() -> str:
+    return f"use {', '.join([*FUNCTIONS, *reward_models.LOADERS])}, or module:function for your own"
+
+
+def load_reward(name: str, weights: list[str] = (), device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> Reward:
+    """The reward of that name, checked at every call; ValueError naming the known ones for anything else.
+
+    weights: `name=path` of reward models that lie on this machine; the others come from the hub. dtype: theirs, not the scores'.
+    """
+    if name in FUNCTIONS:
+        return checked(name, FUNCTIONS[name])
+    if name in reward_models.LOADERS:
+        return checked(name, reward_models.LOADERS[name](local_weights(weights), device, dtype))
     if ":" in name:
         return checked(name, load_function(name))
-    raise ValueError(f"unknown reward {name!r}: use {', '.join(LOADERS)}, or module:function for your own")
+    raise ValueError(f"unknown reward {name!r}: {known_rewards()}")
 
 
 def checked(name: str, reward: Reward) -> Reward:
@@ -99,8 +110,13 @@ def checked(name: str, reward: Reward) -> Reward:
     return checked_reward
 
 
-def load_rewards(specs: list[str]) -> Reward:
-    """The weighted sum of rewards given as `name` or `name=weight`; ValueError for an unknown name or a weight that is none."""
+def load_rewards(
+    specs: list[str], weights: list[str] = (), device: torch.device = CPU, dtype: torch.dtype = torch.float32
+) -> Reward:
+    """The weighted sum of rewards given as `name` or `name=weight`; ValueError for an unknown name or a weight that is none.
+
+    The other arguments are load_reward's.
+    """
     weighted = []
     for spec in specs:
         name, _, weight = spec.rpartition("=") if "=" in spec else (spec, "", "1")
@@ -110,7 +126,7 @@ def load_rewards(specs: list[str]) -> Reward:
             value = math.nan
         if not math.isfinite(value):
             raise ValueError(f"reward {spec!r}: the weight {weight!r} is not a number (write name=weight)")
-        weighted.append((value, load_reward(name)))
+        weighted.append((value, load_reward(name, weights, device, dtype)))
     if not weighted:
-        raise ValueError(f"no reward given: use {', '.join(LOADERS)}, or module:function for your own")
+        raise ValueError(f"no reward given: {known_rewards()}")
     return lambda images, prompts: sum(weight * reward(images, prompts) for weight, reward in weighted)
