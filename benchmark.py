@@ -24,7 +24,7 @@ def measure(num_steps: int, flags: list[str]) -> dict:
     """One row of the table; ValueError with train.py's own message if it refuses the flags."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        command = [sys.executable, str(Path(__file__).with_name("train.py")), "--heldout_prompts", "", *flags]
+        command = [sys.executable, str(Path(__file__).with_name("train.py")), "--eval_prompts", "", *flags]
         command += ["--num_steps", str(num_steps), "--epochs", str(EPOCHS), "--output_dir", str(run)]
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if done.returncode:

@@ -1,7 +1,7 @@
 """Every setting of a run, where it is declared; presets by name.
 
-The defaults are the paper's small-scale setting (Table 4, first column). A preset replaces some of them, the command line
-replaces any.
+The defaults are the paper's small-scale HPSv2 experiment (Table 4, first column). A preset replaces some of them, the command
+line replaces any.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def setting(default, help: str):
 
 @dataclass
 class Config:
-    preset: str = setting("toy", "Named settings to start from.")
+    preset: str = setting("small-hpsv2", "Named settings to start from.")
     resume: str = setting("", "Run folder to continue, with its own settings; --epochs and the like may be raised.")
     output_dir: str = setting("", "Run folder; by default runs/PRESET.")
 
@@ -34,11 +34,14 @@ class Config:
     model: str = setting(
         "CompVis/stable-diffusion-v1-4", "Pipeline: 'toy', a folder, or a hub id; pi_ref, where pi_theta starts."
     )
-    prompts: str = setting("toy-train", "Training prompts p(c): a named set, or a .txt, .json, .jsonl, .csv or .parquet file.")
+    prompts: str = setting("animals", "Training prompts p(c): a named set, or a .txt, .json, .jsonl, .csv or .parquet file.")
     prompts_dir: str = setting("", "Folder with the hub's prompt files as DATA_SET/FILE; by default the hub itself.")
-    heldout_prompts: str = setting("", "Prompts scored at fixed seeds every --eval_every epochs; empty for none.")
-    reward: list[str] = setting(["toy-alignment"], "Reward r: names or module:function, each with an optional =weight, summed.")
+    eval_prompts: str = setting("animals", "Prompts scored and drawn at fixed seeds every --eval_every epochs; empty for none.")
+    reward: list[str] = setting(["hpsv2"], "Reward r: names or module:function, each with an optional =weight, summed.")
+    reward_weights: list[str] = setting([], "NAME=PATH of reward models on this machine; the others come from the hub.")
     method: str = setting("prdp", "The loss.")
+    offline: bool = setting(False, "Draw all trajectories from pi_ref instead of pi_old: the ablation of Sec. 4.3.")
+    lora_rank: int = setting(0, "Train adapters of this rank on the attention layers; 0 trains every weight, as the paper does.")
 
     # Algorithm 1
     epochs: int = setting(100, "E.")
@@ -62,27 +65,58 @@ class Config:
     weight_decay: float = setting(1e-4, "Of AdamW.")
     max_grad_norm: float = setting(1.0, "The gradient's global norm is clipped to this.")
 
-    # How it is computed; none of this changes the result by more than rounding
+    # How it is computed; none of this changes the result by more than rounding, which every run measures at its start
     sample_batch_size: int = setting(16, "Trajectories sampled, decoded and scored at a time, per process.")
-    train_batch_size: int = setting(8, "(trajectory, step) entries of the table per forward or backward pass, per process.")
+    log_prob_batch_size: int = setting(16, "(trajectory, step) entries of the table per forward pass, per process.")
+    train_batch_size: int = setting(8, "(trajectory, step) entries of the table per backward pass, per process.")
     autocast: Literal["no", "bf16", "fp16"] = setting("no", "Precision of the UNet's passes; weights and log-probs stay fp32.")
+    reward_dtype: Literal["fp32", "bf16", "fp16"] = setting("fp32", "Precision of the reward models; scores stay fp32.")
+    tf32: bool = setting(False, "TF32 in fp32 matrix products and convolutions.")
+    compile: bool = setting(False, "torch.compile the UNet: minutes at the start, faster epochs.")
+    channels_last: bool = setting(False, "Memory layout of the UNet; often faster with 16-bit autocast.")
+    gradient_checkpointing: bool = setting(False, "Recompute activations in the backward pass: less memory, slower updates.")
+    latents_on_cpu: bool = setting(False, "Keep the epoch's trajectories in CPU memory.")
+    reference_on_cpu: bool = setting(False, "Keep pi_ref in CPU memory while it is not used; needless with --lora_rank.")
 
     # What is written
-    eval_every: int = setting(10, "Epochs between sample pictures and held-out scores.")
+    eval_every: int = setting(10, "Epochs between pictures and scores of --eval_prompts.")
     save_every: int = setting(10, "Epochs between checkpoints.")
+    log_to: Literal["none", "tensorboard", "wandb"] = setting("none", "Where metrics go besides metrics.jsonl.")
 
 
+# Table 4, second column. K = 1, so the clip cannot act and the rounding of bf16 cannot pass for a log-ratio.
+LARGE = dict(
+    epochs=1000, updates_per_epoch=1, prompts_per_epoch=64, images_per_prompt=8, kl_weight=3e-6, clip_range=1e-4,
+    learning_rate=7e-6, eval_prompts="pickapic-test", eval_every=50, save_every=50, autocast="bf16",
+)  # fmt: skip
 PRESETS: dict[str, dict] = {
+    # Sec. 4.1 and Table 1: Table 4, first column, which is the defaults
+    "small-hpsv2": dict(reward=["hpsv2"]),
+    "small-pickscore": dict(reward=["pickscore"]),
+    # Sec. 4.2 and Table 2
+    "large-hpsv2": LARGE | dict(prompts="hpdv2-train", reward=["hpsv2"]),
+    "large-pickscore": LARGE | dict(prompts="hpdv2-train", reward=["pickscore"]),
+    # Table 3: Table 4, third column
+    "multi-reward": LARGE | dict(
+        prompts="pickapic-train", reward=["pickscore=10", "hpsv2=2", "aesthetic=0.05"], kl_weight=3e-5, learning_rate=1e-5,
+    ),
+    # Sec. 4.4, Fig. 8 and 10: beta is 0.1, 1 and 10 there
+    "aesthetic-kl": dict(
+        prompts="animals-bare", eval_prompts="animals-bare", reward=["aesthetic"], epochs=250, kl_weight=1.0,
+    ),
     # Sampling in 5 steps of equal log-SNR (toy_model.py) without guidance, so that an epoch takes seconds. log-probs are
     # means over D = 256 dimensions: the large-scale epsilon of 1e-4 at D = 16384 is 1.64 nats per step, here 6.4e-3.
     "toy": dict(
-        model="toy", prompts="toy-train", heldout_prompts="toy-heldout", reward=["toy-alignment"],
+        model="toy", prompts="toy-train", eval_prompts="toy-heldout", reward=["toy-alignment"],
         epochs=80, updates_per_epoch=1, prompts_per_epoch=16, images_per_prompt=8, kl_weight=0.01, clip_range=6.4e-3,
-        num_steps=5, guidance_scale=1.0, learning_rate=1e-4, sample_batch_size=64, train_batch_size=64,
+        num_steps=5, guidance_scale=1.0, learning_rate=1e-4, sample_batch_size=64, log_prob_batch_size=64, train_batch_size=64,
     ),
 }  # fmt: skip
 
-MAY_CHANGE_ON_RESUME = {"resume", "output_dir", "epochs", "eval_every", "save_every", "sample_batch_size", "train_batch_size"}
+MAY_CHANGE_ON_RESUME = {
+    "resume", "output_dir", "prompts_dir", "reward_weights", "epochs", "eval_every", "save_every", "log_to", "sample_batch_size",
+    "log_prob_batch_size", "train_batch_size", "compile", "gradient_checkpointing", "latents_on_cpu", "reference_on_cpu",
+}  # fmt: skip
 
 
 class Parser(HfArgumentParser):
@@ -106,7 +140,7 @@ def parse(argv: list[str]) -> Config:
     ValueError for an unknown preset or flag, a value of the wrong kind, or a resumed setting that may not change.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--preset", default="toy")
+    first.add_argument("--preset", default=Config.preset)
     first.add_argument("--resume", default="")
     try:
         given, _ = first.parse_known_args(argv)
@@ -133,8 +167,8 @@ def parse(argv: list[str]) -> Config:
 
 def check(config: Config, methods, world_size: int) -> None:
     """ValueError naming the setting if the numbers cannot work together."""
-    whole = ("epochs", "updates_per_epoch", "prompts_per_epoch", "num_steps", "sample_batch_size", "train_batch_size")
-    for name in (*whole, "eval_every", "save_every"):
+    whole = ("epochs", "updates_per_epoch", "prompts_per_epoch", "num_steps", "eval_every", "save_every")
+    for name in (*whole, "sample_batch_size", "log_prob_batch_size", "train_batch_size"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
     for name in ("kl_weight", "clip_range", "learning_rate", "max_grad_norm"):
@@ -144,26 +178,50 @@ def check(config: Config, methods, world_size: int) -> None:
         raise ValueError(f"images_per_prompt must be at least 2, not {config.images_per_prompt}: the loss needs pairs")
     if config.prompts_per_epoch % world_size:
         raise ValueError(f"prompts_per_epoch={config.prompts_per_epoch} cannot be shared evenly by {world_size} processes")
+    if config.lora_rank < 0:
+        raise ValueError(f"lora_rank must be at least 0, not {config.lora_rank}")
+    if config.lora_rank and config.reference_on_cpu:
+        raise ValueError("reference_on_cpu: with lora_rank there is no second UNet to keep anywhere")
     if config.seed < 0:
         raise ValueError(f"seed must be at least 0, not {config.seed}")
     if config.method not in methods:
         raise ValueError(f"unknown method {config.method!r}: use {', '.join(methods)}")
 
 
-def describe(config: Config, world_size: int, policy: Policy, set_size: int) -> str:
+def describe(config: Config, world_size: int, policy: Policy, prompts: list[str], truncated: int, trained: dict) -> str:
     """The batch arithmetic and the units, for people to check."""
     n, b, k = config.prompts_per_epoch, config.images_per_prompt, config.updates_per_epoch
     steps, size = len(noisy_steps(policy.scheduler, policy.eta)), policy.latent_size
     local, micro = n * b * steps // world_size, config.train_batch_size
     lines = [
-        f"{n} of {set_size} prompts x {b} images = {n * b} trajectories x {steps} steps = {n * b * steps} log-probs an epoch",
+        f"{n} of {len(prompts)} prompts x {b} images = {n * b} trajectories x {steps} steps = {n * b * steps} log-probs an epoch",
         f"{n} prompts x {b * (b - 1) // 2} = {n * b * (b - 1) // 2} pairs in the loss",
         f"{world_size} processes x {n // world_size} prompts = {local} log-probs each = {local // micro} micro-batches of {micro}"
         + (f" and one of {local % micro}" if local % micro else ""),
-        f"{config.epochs} epochs x {k} updates = {config.epochs * k} updates",
+        f"{config.epochs} epochs x {k} updates = {config.epochs * k} updates"
+        f" of {sum(parameter.numel() for parameter in trained.values()):,} parameters",
         f"{config.epochs} epochs x {n * b} = {config.epochs * n * b} reward queries",
         f"log-probs are {'means over' if config.log_prob_reduction == 'mean' else 'sums over'} D = {size} latent dimensions: "
         f"clip_range {config.clip_range:g} is {config.clip_range * policy.in_nats:.3g} nats a step"
         + ("; with one update per epoch the clip cannot act" if k == 1 else ""),
     ]
+    if truncated:
+        lines.append(
+            f"{truncated} of {len(prompts)} prompts are longer than the text encoder reads; it sees their beginning only"
+        )
+    return "\n".join(lines)
+
+
+def describe_rounding(config: Config, policy: Policy, deviation) -> str:
+    """The (S,) deviation of log-ratios that should be zero, in units of the clip range, with a warning where it drowns it."""
+    in_clips = deviation / config.clip_range
+    lines = [
+        f"rounding: log-ratios at unchanged weights are up to {deviation.max():.2g} = {in_clips.max():.2g} clip ranges off; "
+        f"by step, in clip ranges: {' '.join(f'{value:.2g}' for value in in_clips)}"
+    ]
+    if in_clips.max() > 1 and config.updates_per_epoch > 1:
+        lines.append(
+            f"warning: clip_range {config.clip_range:g} drowns in rounding, so the clip acts on noise as well: "
+            "use a higher precision (--autocast no, --tf32 False) or a larger --clip_range"
+        )
     return "\n".join(lines)

@@ -31,9 +31,10 @@ from sampler import EVALUATION, Policy, ddim_scheduler, sample_images
 class EvaluationConfig:
     run: str = setting("", "Run folder of train.py: compares its start and its result, with its sampler.")
     models: list[str] = setting([], "name=pipeline, the first is the base; by default those of --run.")
-    prompts: list[str] = setting([], "Named sets or files; by default the held-out prompts of --run.")
+    prompts: list[str] = setting([], "Named sets or files; by default the evaluation prompts of --run.")
     prompts_dir: str = setting("", "Folder with the hub's prompt files as DATA_SET/FILE; by default the hub itself.")
     rewards: list[str] = setting([], "Names or module:function, each its own column; by default those of --run.")
+    reward_weights: list[str] = setting([], "NAME=PATH of reward models on this machine; by default those of --run, or the hub.")
     images_per_prompt: int = setting(4, "Pictures of every prompt by every model.")
     num_steps: int = setting(50, "T; with --run its own, unless given.")
     guidance_scale: float = setting(5.0, "w; with --run its own, unless given.")
@@ -56,10 +57,10 @@ def parse(argv: list[str]) -> EvaluationConfig:
             raise ValueError(f"{run} is no run folder of train.py: {error}") from error
         parser.set_defaults(
             models=[f"base={trained['model']}", f"tuned={run / 'pipeline'}"],
-            prompts=[trained["heldout_prompts"] or trained["prompts"]],
+            prompts=[trained["eval_prompts"] or trained["prompts"]],
             rewards=[reward.rpartition("=")[0] or reward for reward in trained["reward"]],
             output_dir=str(run / "evaluation"),
-            **{name: trained[name] for name in ("num_steps", "guidance_scale", "eta")},
+            **{name: trained[name] for name in ("num_steps", "guidance_scale", "eta", "prompts_dir", "reward_weights")},
         )
     config = parser.parse_strictly(argv)
     for name in ("models", "prompts", "rewards", "output_dir"):
@@ -133,7 +134,7 @@ def main(argv: list[str]) -> None:
         config = parse(argv)
         device = processes.start()
         prompt_sets = {name: load_prompts(name, config.prompts_dir) for name in config.prompts}
-        rewards = {name: load_reward(name) for name in config.rewards}
+        rewards = {name: load_reward(name, config.reward_weights, device) for name in config.rewards}
         output = Path(config.output_dir)
         output.mkdir(parents=True, exist_ok=True)
         all_scores, pictures = {}, {}

@@ -71,6 +71,15 @@ def encode_prompts(pipe: DiffusionPipeline, prompts: list[str] | None) -> Embedd
     return embeddings
 
 
+def count_truncated(pipe: DiffusionPipeline, prompts: list[str]) -> int:
+    """How many prompts have more tokens than the text encoder reads; the rest of such a prompt is never seen."""
+    limit, longer = pipe.tokenizer.model_max_length, 0
+    for start in range(0, len(prompts), 10_000):
+        tokens = pipe.tokenizer(prompts[start : start + 10_000], truncation=False, verbose=False)["input_ids"]
+        longer += sum(len(ids) > limit for ids in tokens)
+    return longer
+
+
 @torch.no_grad()
 def decode_latents(pipe: DiffusionPipeline, latents: Tensor) -> Tensor:
     """x_0 latents (M, C, H, W) -> pictures (M, 3, height, width), float in [0, 1]."""

@@ -12,15 +12,15 @@ from torch import Tensor
 
 
 def reward_curve(metrics: list[dict], path: Path) -> None:
-    """Reward of the training samples (mean and one standard deviation) and of the held-out prompts, against epochs."""
+    """Reward of the training samples (mean and one standard deviation) and of the evaluation prompts, against epochs."""
     figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
     epochs, mean, spread = zip(*((m["epoch"], m["reward_mean"], m["reward_std"]) for m in metrics if m["epoch"]), strict=True)
     low, high = [[m + sign * s for m, s in zip(mean, spread, strict=True)] for sign in (-1, 1)]
     axes.fill_between(epochs, low, high, alpha=0.15, linewidth=0)
     axes.plot(epochs, mean, label="training prompts (mean, standard deviation)")
-    held_out = [(line["epoch"], line["heldout_reward"]) for line in metrics if line["heldout_reward"] is not None]
-    if held_out:
-        axes.plot(*zip(*held_out, strict=True), "o-", markersize=3, label="held-out prompts, fixed seeds")
+    evaluated = [(line["epoch"], line["eval_reward"]) for line in metrics if line["eval_reward"] is not None]
+    if evaluated:
+        axes.plot(*zip(*evaluated, strict=True), "o-", markersize=3, label="evaluation prompts, fixed seeds")
     axes.set(xlabel="epoch", ylabel="reward")
     axes.legend(frameon=False, loc="lower right")
     axes.spines[["top", "right"]].set_visible(False)

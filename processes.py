@@ -8,13 +8,15 @@ GPUs by NCCL.
 import os
 import pickle
 import resource
+import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
 
 RANK = int(os.environ.get("RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
@@ -77,7 +79,7 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def sum_gradients(parameters: list[torch.nn.Parameter], factor: float = 1.0) -> None:
+def sum_gradients(parameters: Iterable[torch.nn.Parameter], factor: float = 1.0) -> None:
     """Replaces every gradient by its sum over all processes times factor; what no local step touched counts as zero."""
     for parameter in parameters:
         if parameter.grad is None:
@@ -91,7 +93,20 @@ def sum_gradients(parameters: list[torch.nn.Parameter], factor: float = 1.0) -> 
 def say(message: str, error: bool = False) -> None:
     """Prints once, whatever the number of processes."""
     if RANK == 0:
-        print(message, file=sys.stderr if error else sys.stdout, flush=True)
+        tqdm.write(message, file=sys.stderr if error else sys.stdout)  # above the progress bar, if there is one
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block: weights, optimiser and record always belong to a whole number of epochs."""
+    waiting = []
+    usual = signal.signal(signal.SIGINT, lambda *_: waiting.append("Ctrl-C"))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    if waiting:
+        raise KeyboardInterrupt
 
 
 @contextmanager

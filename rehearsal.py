@@ -21,6 +21,7 @@ import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging
 
 from processes import one_line_errors
 from prompts import ANIMALS, ON_THE_HUB
@@ -34,8 +35,10 @@ PIPELINES = {
         text=dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768),
     ),
     "tiny": dict(
-        unet=dict(sample_size=8, cross_attention_dim=32, block_out_channels=(32, 32, 64, 64), layers_per_block=1),
-        vae=dict(block_out_channels=(32, 32, 32, 32), layers_per_block=1, sample_size=64),
+        unet=dict(
+            sample_size=8, cross_attention_dim=32, block_out_channels=(16, 16, 32, 32), layers_per_block=1, norm_num_groups=4
+        ),
+        vae=dict(block_out_channels=(16, 16, 16, 16), layers_per_block=1, sample_size=64, norm_num_groups=4),
         text=dict(hidden_size=32, intermediate_size=64, num_attention_heads=4, num_hidden_layers=2, projection_dim=32),
     ),
 }
@@ -131,6 +134,7 @@ def make(folder: Path, pipeline: str, rewards: str) -> list[str]:
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty: choose another folder")
     torch.manual_seed(0)
+    logging.disable_progress_bar()
     make_pipeline(folder / "pipeline", pipeline)
     make_prompts(folder / "prompts")
     weights = [f"{name}={path}" for name, path in make_rewards(folder / "rewards", rewards).items()]

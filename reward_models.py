@@ -24,6 +24,7 @@ from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+from transformers.utils import logging
 
 Reward = Callable[[Tensor, list[str]], Tensor]
 Embed = Callable[[Tensor], Tensor] | Callable[[list[str]], Tensor]
@@ -152,6 +153,7 @@ def hpsv2(local: dict[str, str], device: torch.device, dtype: torch.dtype, name:
 def clip(name: str, path: str | None, device: torch.device, dtype: torch.dtype) -> tuple[Embed, Embed]:
     """Functions to the projected embeddings of pictures and of prompts under a CLIP in transformers' layout."""
     source = SOURCES[name]
+    logging.disable_progress_bar()
     with explained(name, {name: path} if path else {}):
         model = CLIPModel.from_pretrained(path or source.hub, dtype=torch.float32, use_safetensors=True)
         tokenizer = CLIPTokenizer.from_pretrained(path or source.tokenizer or source.hub)

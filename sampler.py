@@ -13,6 +13,7 @@ epsilon (Eq. 20) and beta (Eq. 14) assume; `log_prob_reduction="sum"` is the log
 the factor D: 1e-4 on the mean is 1.64 nats for Stable Diffusion (D = 16384) and 0.0256 nats for the toy model (D = 256).
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -65,7 +66,8 @@ def ddim_scheduler(config, num_steps: int, eta: float) -> DDIMScheduler:
     """The pipeline's noise schedule as a DDIMScheduler with T = num_steps; ValueError for what has no log-prob."""
     if eta <= 0:
         raise ValueError(f"eta must be > 0, not {eta}: a deterministic step has no log-prob (eta=1 is the paper's DDPM)")
-    scheduler = DDIMScheduler.from_config(config)
+    # A config that does not speak of clipping, as PNDM's, is of latents, which go beyond [-1, 1]. DDIM's default would clip them.
+    scheduler = DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False))
     limit = scheduler.config.num_train_timesteps
     if not 1 <= num_steps <= limit:
         raise ValueError(f"num_steps must be between 1 and {limit} for this scheduler, not {num_steps}")
@@ -122,11 +124,12 @@ def noisy_steps(scheduler: DDIMScheduler, eta: float) -> Tensor:
 
 
 def gaussian_log_prob(x_prev: Tensor, mu: Tensor, sigma: Tensor, reduction: str) -> Tensor:
-    """log N(x_prev; mu, sigma^2 I) of each row, the mean or the sum over latent dimensions -> (M,)  (Eq. 3, 4)."""
+    """log N(x_prev; mu, sigma^2 I) of each row, the mean or the sum over latent dimensions -> (M,) in fp64  (Eq. 3, 4)."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"log_prob_reduction must be one of {', '.join(REDUCTIONS)}, not {reduction!r}")
     log_prob = -((x_prev - mu) ** 2) / (2 * sigma**2) - sigma.log() - math.log(2 * math.pi) / 2
-    return getattr(log_prob.flatten(1), reduction)(1)
+    # In fp64: the paper's small-scale epsilon, 1e-6, is within the rounding of an fp32 sum.
+    return getattr(log_prob.flatten(1).double(), reduction)(1)
 
 
 def guided_output(policy: Policy, x_t: Tensor, t: Tensor, cond: Embeddings) -> Tensor:
@@ -205,10 +208,24 @@ def _entries(policy: Policy, latents: Tensor, cond: Embeddings, entries: Tensor,
 @torch.no_grad()
 def log_prob_table(policy: Policy, latents: Tensor, cond: Embeddings, batch_size: int) -> Tensor:
     """log pi_theta(x_{t-1} | x_t, c) of every stored step, without gradient: latents (M, T+1, ...) -> (M, S) on the CPU."""
-    table = torch.zeros(len(latents), len(noisy_steps(policy.scheduler, policy.eta)), dtype=latents.dtype)
+    table = torch.zeros(len(latents), len(noisy_steps(policy.scheduler, policy.eta)), dtype=torch.float64)
     for rows, columns, log_prob in _entries(policy, latents, cond, torch.ones_like(table).nonzero(), batch_size):
         table[rows, columns] = log_prob.cpu()
     return table
+
+
+def rounding(policy: Policy, latents: Tensor, cond: Embeddings, batch_size: int) -> Tensor:
+    """How far log-ratios at unchanged weights are from zero -> largest deviation of each step (S,), in the unit of log-probs.
+
+    The policy's own precision and batches are compared with fp32 and one entry at a time. A clip range below this is noise.
+    """
+    exact = dataclasses.replace(policy, autocast=None)
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    used = log_prob_table(policy, latents, cond, batch_size)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    deviation = used - log_prob_table(exact, latents, cond, 1)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    return deviation.abs().amax(0)
 
 
 def backward_through_table(policy: Policy, latents: Tensor, cond: Embeddings, table_grad: Tensor, batch_size: int) -> Tensor:

@@ -9,30 +9,37 @@ A run folder holds config.json, metrics.jsonl (README: "Metrics"), reward.png, s
 pipeline/, which opens with plain StableDiffusionPipeline.from_pretrained.
 """
 
-import copy
 import dataclasses
-import json
 import math
-import signal
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
 import checkpoint
 import plots
 import processes
-from config import Config, check, describe, parse
-from pipeline import decode_latents, encode_prompts, load_pipeline, save_pipeline
-from processes import RANK, WORLD_SIZE, say, together
+from config import Config, check, describe, describe_rounding, parse
+from pipeline import count_truncated, decode_latents, encode_prompts, load_pipeline
+from processes import RANK, WORLD_SIZE, say, together, uninterrupted
 from prompts import draw_prompts, load_prompts
 from rdp_loss import log_ratio, prdp_loss, prediction_quality
+from record import Stopwatch, prepare_folder, read_metrics, start_log, write_metrics
 from rewards import Reward, RewardError, load_rewards
-from sampler import EVALUATION, Policy, backward_through_table, ddim_scheduler, log_prob_table, sample_images, sample_trajectories
+from sampler import (
+    EVALUATION,
+    Policy,
+    backward_through_table,
+    ddim_scheduler,
+    log_prob_table,
+    rounding,
+    sample_images,
+    sample_trajectories,
+)  # fmt: skip
+from trainable import Reference, make_trainable, save_result, trained_parameters
 
 # The loop knows a method only as a function of the (N, B, S) tables of log-probs under theta, theta_old and the reference,
 # and of the (N, B) rewards. A method is one more file and one more line here.
@@ -43,12 +50,12 @@ METHODS = {
     ),
 }  # fmt: skip
 
-AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {"no": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def train(
-    config: Config, run: Path, pipe, policy: Policy, reference: Policy, optimizer: torch.optim.Optimizer, completed: int,
-    prompts: list[str], heldout: list[str], reward: Reward,
+    config: Config, run: Path, pipe, policy: Policy, reference: Reference, optimizer: torch.optim.Optimizer, completed: int,
+    prompts: list[str], eval_prompts: list[str], reward: Reward,
 ) -> None:  # fmt: skip
     """Algorithm 1, and the record of it in the run folder.
 
@@ -60,16 +67,18 @@ def train(
     N, B, K = config.prompts_per_epoch, config.images_per_prompt, config.updates_per_epoch
     mine = slice(RANK * N // WORLD_SIZE * B, (RANK + 1) * N // WORLD_SIZE * B)  # this process's rows of the N * B
     method = METHODS[config.method](config)
-    parameters = list(policy.unet.parameters())
+    trained = trained_parameters(pipe)
+    log = start_log(config, run, completed)
     if completed:
         metrics = [line for line in read_metrics(run) if line["epoch"] <= completed]
     else:
-        metrics = [{"epoch": 0, "heldout_reward": evaluate(config, run, 0, pipe, policy, heldout, reward)}]
+        metrics = [{"epoch": 0, "eval_reward": evaluate(config, run, 0, pipe, policy, eval_prompts, reward)}]
+        log(metrics[0])
     write_metrics(run, metrics)
 
     def save() -> None:
         if RANK == 0:
-            checkpoint.save(run, completed, dataclasses.asdict(config), dict(policy.unet.named_parameters()), optimizer)
+            checkpoint.save(run, completed, dataclasses.asdict(config), trained, optimizer)
 
     try:
         for epoch in tqdm(range(completed, config.epochs), "epochs", initial=completed, total=config.epochs, disable=RANK > 0):
@@ -80,9 +89,12 @@ def train(
             row_prompts, names = map(list, zip(*rows, strict=True))
             cond = {k: v.repeat_interleave(B, 0) for k, v in encode_prompts(pipe, row_prompts[::B]).items()}
             latents, sampled = [], []
-            for batch in sample_trajectories(policy, cond, names, config.shared_x_T, config.sample_batch_size):  # Alg. 1, 4
-                latents.append(batch.latents)
-                sampled.append(batch.log_probs)
+            # The offline ablation (Sec. 4.3) draws from pi_ref instead. A trajectory depends on its name only, so drawing it in
+            # its epoch is drawing all of them before the first.
+            with reference(policy) if config.offline else nullcontext(policy) as drawing:
+                for batch in sample_trajectories(drawing, cond, names, config.shared_x_T, config.sample_batch_size):  # Alg. 1, 4
+                    latents.append(batch.latents.cpu() if config.latents_on_cpu else batch.latents)
+                    sampled.append(batch.log_probs)
             latents, sampled = torch.cat(latents), together(lambda: torch.cat(sampled)).view(N, B, -1)
             lap("sample")
             rewards = together(lambda: score(pipe, latents[:, -1], row_prompts, reward, config)).view(N, B)  # Alg. 1, 5
@@ -90,13 +102,19 @@ def train(
 
             def table(of_policy: Policy) -> torch.Tensor:
                 """(N, B, S) log-probs of this epoch's trajectories, computed in parts and the same in every process."""
-                return together(lambda: log_prob_table(of_policy, latents, cond, config.train_batch_size)).view_as(sampled)
+                return together(lambda: log_prob_table(of_policy, latents, cond, config.log_prob_batch_size)).view_as(sampled)
 
             # With K = 1 nothing has changed since the trajectories were drawn, so the table made on the way serves. NOT IN PAPER:
-            # with K > 1 it is made again in the batches of the updates, so that rounding does not pass for a log-ratio.
-            log_probs_old = sampled if K == 1 else table(policy)
+            # with K > 1 it is made again in the batches of the later ones, so that rounding does not pass for a log-ratio.
+            log_probs_old = sampled if K == 1 and not config.offline else table(policy)
             lap("update")
-            log_probs_ref = log_probs_old if epoch == 0 else table(reference)  # in epoch 0 theta is ref
+            if epoch == 0:  # theta is ref
+                log_probs_ref = log_probs_old
+                rounding_by_step = rounding(policy, latents[:4], {k: v[:4] for k, v in cond.items()}, config.log_prob_batch_size)
+                say(describe_rounding(config, policy, rounding_by_step))
+            else:
+                with reference(policy) as pi_ref:
+                    log_probs_ref = table(pi_ref)
             lap("reference")
 
             with uninterrupted():
@@ -109,16 +127,17 @@ def train(
                     # fp16 has no small numbers: its backward pass runs on a multiple of the derivative.
                     largest = table_grad.abs().max().item() or 1.0
                     scale = math.sqrt(policy.latent_size) / largest if config.autocast == "fp16" else 1.0
-                    optimizer.zero_grad()
                     row_grad = table_grad.flatten(0, 1)[mine] * scale
                     recomputed = backward_through_table(policy, latents, cond, row_grad, config.train_batch_size)
-                    processes.sum_gradients(parameters, 1 / scale)
-                    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+                    processes.sum_gradients(trained.values(), 1 / scale)
+                    grad_norm = torch.nn.utils.clip_grad_norm_(trained.values(), config.max_grad_norm)
                     if not (loss.isfinite() and grad_norm.isfinite()):  # the same in every process, so all stop here
                         raise FloatingPointError(f"loss {loss.item()}, gradient norm {grad_norm.item()} in epoch {epoch + 1}")
                     optimizer.step()  # Alg. 1, 8
+                    optimizer.zero_grad()
                     if k == 0:
-                        drift = (recomputed - sampled.flatten(0, 1)[mine]).abs().nan_to_num().max()
+                        sampled_by_theta = log_probs_old if config.offline else sampled
+                        drift = (recomputed - sampled_by_theta.flatten(0, 1)[mine]).abs().nan_to_num().max()
                 completed = epoch + 1
                 lap("update")
                 log_probs = log_probs.detach()
@@ -134,18 +153,22 @@ def train(
                     "kl_nats": (log_probs_old - log_probs_ref).sum(-1).mean().item() * policy.in_nats,
                     "clip_fraction": ((log_probs - log_probs_old).abs() > config.clip_range).float().mean().item(),
                     "log_prob_drift": together(lambda: drift.view(1)).max().item(),
+                    "rounding": rounding_by_step.tolist() if epoch == 0 else None,
                     "grad_norm": grad_norm.item(),
                     "peak_memory_gib": processes.peak_memory_gib(),
                     "images_per_second": N * B / sum(lap.seconds.values()),
-                    "heldout_reward": None,
+                    "eval_reward": None,
                     "seconds": lap.seconds,
                 }
                 metrics.append(line)
                 write_metrics(run, metrics)
                 if completed % config.eval_every == 0 or completed == config.epochs:
-                    line["heldout_reward"] = evaluate(config, run, completed, pipe, policy, heldout, reward)
+                    line["eval_reward"] = evaluate(config, run, completed, pipe, policy, eval_prompts, reward)
                     lap("evaluate")
                     write_metrics(run, metrics)
+                    if RANK == 0:
+                        plots.reward_curve(metrics, run / "reward.png")
+                log(line)
                 if completed % config.save_every == 0 or completed == config.epochs:
                     save()
     except RewardError:
@@ -166,74 +189,43 @@ def score(pipe, x_0: torch.Tensor, prompts: list[str], reward: Reward, config: C
     return torch.cat(scores)
 
 
-def evaluate(config: Config, run: Path, completed: int, pipe, policy: Policy, heldout: list[str], reward: Reward) -> float | None:
-    """Mean reward of the held-out prompts at fixed seeds; the first pictures of them go to run/samples."""
-    if not heldout:
+def evaluate(config: Config, run: Path, completed: int, pipe, policy: Policy, prompts: list[str], reward: Reward) -> float | None:
+    """Mean reward of the evaluation prompts at fixed seeds; the first pictures of them go to run/samples."""
+    if not prompts:
         return None
-    share = range(RANK * len(heldout) // WORLD_SIZE, (RANK + 1) * len(heldout) // WORLD_SIZE)
-    prompts, names = [heldout[i] for i in share], [(config.seed, EVALUATION, i, 0) for i in share]
-    images = sample_images(policy, pipe, prompts, names, config.sample_batch_size)
-    rewards = together(lambda: reward(images, prompts))
+    share = range(RANK * len(prompts) // WORLD_SIZE, (RANK + 1) * len(prompts) // WORLD_SIZE)
+    shown = []
+
+    def scores() -> torch.Tensor:
+        parts = [torch.empty(0)]
+        for start in range(0, len(share), config.sample_batch_size):
+            batch = share[start : start + config.sample_batch_size]
+            batch_prompts, names = [prompts[i] for i in batch], [(config.seed, EVALUATION, i, 0) for i in batch]
+            images = sample_images(policy, pipe, batch_prompts, names, len(batch))
+            parts.append(reward(images, batch_prompts))
+            shown.extend(images[: max(0, 12 - len(shown))])
+        return torch.cat(parts)
+
+    rewards = together(scores)
     if RANK == 0:
-        shown = min(12, len(prompts))
-        plots.grid({f"epoch {completed}": images[:shown]}, prompts[:shown], run / "samples" / f"epoch_{completed:06d}.png")
+        title = f"epoch {completed}"
+        plots.grid({title: torch.stack(shown)}, prompts[: len(shown)], run / "samples" / f"epoch_{completed:06d}.png")
     return rewards.mean().item()
 
 
-class Stopwatch:
-    """lap("phase") adds the seconds since the last lap to that phase."""
-
-    def __init__(self):
-        self.seconds: dict[str, float] = {}
-        self.last = time.perf_counter()
-
-    def __call__(self, phase: str) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.last
-        self.last = now
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits for the end of the block: weights, optimiser and record always belong to a whole number of epochs."""
-    waiting = []
-    usual = signal.signal(signal.SIGINT, lambda *_: waiting.append("Ctrl-C"))
+def load(config: Config, device: torch.device) -> tuple[list[str], list[str], Reward, DiffusionPipeline]:
+    """Prompts, evaluation prompts, reward and pipeline; ValueError saying what is missing and what would need no download."""
     try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, usual)
-    if waiting:
-        raise KeyboardInterrupt
-
-
-def read_metrics(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def write_metrics(run: Path, metrics: list[dict]) -> None:
-    """metrics.jsonl, written whole so that a crash leaves the old or the new one, and the curve drawn from it."""
-    if RANK == 0:
-        unfinished = run / "metrics.jsonl.unfinished"
-        unfinished.write_text("".join(json.dumps(line) + "\n" for line in metrics))
-        unfinished.replace(run / "metrics.jsonl")
-        if len(metrics) > 1 and metrics[-1]["heldout_reward"] is not None:
-            plots.reward_curve(metrics, run / "reward.png")
-
-
-def prepare_folder(config: Config) -> Path:
-    """The run folder; ValueError if another run is there, OSError if it cannot be written."""
-    run = Path(config.output_dir)
-
-    def prepare() -> None:
-        if not config.resume and (run / "metrics.jsonl").exists():
-            raise ValueError(f"{run} already holds a run: continue it with --resume {run}, or choose another --output_dir")
-        (run / "samples").mkdir(parents=True, exist_ok=True)
-        (run / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
-
-    processes.in_first(prepare)
-    return run
+        if config.model == Config.model and device.type == "cpu":
+            raise ValueError(f"preset {config.preset} finetunes {config.model}, for which a CUDA GPU is missing")
+        prompts = load_prompts(config.prompts, config.prompts_dir)
+        eval_prompts = load_prompts(config.eval_prompts, config.prompts_dir) if config.eval_prompts else []
+        reward = load_rewards(config.reward, config.reward_weights, device, PRECISIONS[config.reward_dtype])
+        return prompts, eval_prompts, reward, load_pipeline(config.model, device)
+    except ValueError as error:
+        raise (
+            error if config.preset == "toy" else ValueError(f"{error} -- `--preset toy` needs no GPU and no download")
+        ) from error
 
 
 def main(argv: list[str]) -> None:
@@ -241,26 +233,21 @@ def main(argv: list[str]) -> None:
         config = parse(argv)
         check(config, METHODS, WORLD_SIZE)
         device = processes.start()
-        prompts = load_prompts(config.prompts, config.prompts_dir)
-        heldout = load_prompts(config.heldout_prompts, config.prompts_dir) if config.heldout_prompts else []
-        reward = load_rewards(config.reward)
-        pipe = load_pipeline(config.model, device)
+        prompts, eval_prompts, reward, pipe = load(config, device)
         policy = Policy(
             pipe.unet, ddim_scheduler(pipe.scheduler.config, config.num_steps, config.eta), encode_prompts(pipe, None),
-            config.guidance_scale, config.eta, config.log_prob_reduction, AUTOCAST[config.autocast],
+            config.guidance_scale, config.eta, config.log_prob_reduction, PRECISIONS[config.autocast],
         )  # fmt: skip
-        reference = dataclasses.replace(policy, unet=copy.deepcopy(policy.unet))  # Alg. 1, 1: theta <- ref
-        pipe.unet.requires_grad_(True)
-        optimizer = torch.optim.AdamW(pipe.unet.parameters(), config.learning_rate, weight_decay=config.weight_decay)
-        completed = 0
-        if config.resume:
-            completed = checkpoint.load(Path(config.resume), dict(pipe.unet.named_parameters()), optimizer)
+        reference = make_trainable(pipe, config)  # Alg. 1, 1: theta <- ref
+        trained = trained_parameters(pipe)
+        optimizer = torch.optim.AdamW(trained.values(), config.learning_rate, weight_decay=config.weight_decay, fused=True)
+        completed = checkpoint.load(Path(config.resume), trained, optimizer) if config.resume else 0
         run = prepare_folder(config)
-        say(describe(config, WORLD_SIZE, policy, len(prompts)))
-    with processes.one_line_errors(OSError, RewardError, FloatingPointError):
-        train(config, run, pipe, policy, reference, optimizer, completed, prompts, heldout, reward)
+        say(describe(config, WORLD_SIZE, policy, prompts, count_truncated(pipe, prompts), trained))
+    with processes.one_line_errors(OSError, ValueError, RewardError, FloatingPointError):
+        train(config, run, pipe, policy, reference, optimizer, completed, prompts, eval_prompts, reward)
         if RANK == 0:
-            save_pipeline(pipe, policy.scheduler, run / "pipeline")
+            save_result(pipe, policy.scheduler, run)
     say(f"the finetuned pipeline is in {run / 'pipeline'}, the curve in {run / 'reward.png'}")
     processes.stop()
 

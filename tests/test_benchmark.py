@@ -11,7 +11,18 @@ import benchmark
 def test_table_and_json(capsys, model_folder, tmp_path, monkeypatch):
     monkeypatch.setitem(os.environ, "OMP_NUM_THREADS", "1")
     output = tmp_path / "benchmark.json"
-    flags = ["--prompts", "toy-small", "--prompts_per_epoch", "2", "--images_per_prompt", "2", "--model", str(model_folder)]
+    flags = [
+        "--preset",
+        "toy",
+        "--prompts",
+        "toy-small",
+        "--prompts_per_epoch",
+        "2",
+        "--images_per_prompt",
+        "2",
+        "--model",
+        str(model_folder),
+    ]
     benchmark.main(["--num_steps", "2", "4", "--output", str(output), *flags])
     printed = capsys.readouterr().out.splitlines()
     rows = json.loads(output.read_text())["results"]

@@ -74,7 +74,7 @@ def test_batch_size_does_not_matter(two_models, evaluated, tmp_path):
 def test_run_supplies_what_is_not_given(two_models, tmp_path):
     run = tmp_path / "run"
     train.main(
-        ["--preset", "toy", "--model", f"{two_models}/base", "--prompts", "toy-small", "--heldout_prompts", "", "--epochs", "1",
+        ["--preset", "toy", "--model", f"{two_models}/base", "--prompts", "toy-small", "--eval_prompts", "", "--epochs", "1",
          "--prompts_per_epoch", "1", "--images_per_prompt", "2", "--num_steps", "2", "--reward", "toy-colourfulness=2",
          "--output_dir", str(run)]
     )  # fmt: skip

@@ -1,0 +1,81 @@
+"""The presets are the paper's settings, and the bare command is its first experiment or one clear line."""
+
+import pytest
+import torch
+
+import train
+from config import PRESETS, parse
+
+# Appendix E, Table 4: small-scale, large-scale, large-scale multi-reward
+TABLE_4 = {
+    "epochs": (100, 1000, 1000),
+    "updates_per_epoch": (10, 1, 1),
+    "prompts_per_epoch": (32, 64, 64),
+    "images_per_prompt": (16, 8, 8),
+    "kl_weight": (3e-5, 3e-6, 3e-5),
+    "num_steps": (50, 50, 50),
+    "clip_range": (1e-6, 1e-4, 1e-4),
+    "guidance_scale": (5.0, 5.0, 5.0),
+    "max_grad_norm": (1.0, 1.0, 1.0),
+    "learning_rate": (1e-5, 7e-6, 1e-5),
+    "weight_decay": (1e-4, 1e-4, 1e-4),
+}
+ALWAYS = dict(
+    model="CompVis/stable-diffusion-v1-4", method="prdp", eta=1.0, lora_rank=0, offline=False, shared_x_T=False,
+    log_prob_reduction="mean", step_reduction="mean",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "preset, column, prompts, reward, more",
+    [
+        ("small-hpsv2", 0, "animals", ["hpsv2"], {}),
+        ("small-pickscore", 0, "animals", ["pickscore"], {}),
+        ("large-hpsv2", 1, "hpdv2-train", ["hpsv2"], {}),
+        ("large-pickscore", 1, "hpdv2-train", ["pickscore"], {}),
+        ("multi-reward", 2, "pickapic-train", ["pickscore=10", "hpsv2=2", "aesthetic=0.05"], {}),
+        ("aesthetic-kl", 0, "animals-bare", ["aesthetic"], {"epochs": 250, "kl_weight": 1.0}),  # Sec. 4.4
+    ],
+)
+def test_presets_are_table_4(preset, column, prompts, reward, more):
+    config = parse(["--preset", preset])
+    expected = {name: row[column] for name, row in TABLE_4.items()} | ALWAYS | more
+    assert {name: getattr(config, name) for name in expected} == expected
+    assert (config.prompts, config.reward, config.output_dir) == (prompts, reward, f"runs/{preset}")
+
+
+def test_every_preset_but_the_miniature_is_the_papers():
+    tested = {"small-hpsv2", "small-pickscore", "large-hpsv2", "large-pickscore", "multi-reward", "aesthetic-kl"}
+    assert PRESETS.keys() - {"toy"} == tested
+    assert parse([]) == parse(["--preset", "small-hpsv2"])
+    assert parse(["--preset", "toy", "--epochs", "3"]).epochs == 3
+
+
+def bare_command(capsys, *more) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        train.main(list(more))
+    assert stopped.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    return line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_bare_command_without_a_gpu_names_the_miniature(capsys):
+    line = bare_command(capsys)
+    assert "small-hpsv2" in line and "CUDA GPU is missing" in line and "--preset toy" in line
+
+
+def test_bare_command_without_weights_names_them_and_the_miniature(capsys, monkeypatch):
+    def offline(*_, **__):
+        raise OSError("no connection")
+
+    monkeypatch.setattr(train.processes, "start", lambda: torch.device("cuda"))
+    monkeypatch.setattr("reward_models.hf_hub_download", offline)
+    line = bare_command(capsys)
+    assert "HPS_v2_compressed.pt" in line and "xswu/HPSv2" in line and "1.97 GB" in line and "--preset toy" in line
+    monkeypatch.setattr("pipeline.DiffusionPipeline.from_pretrained", offline)
+    line = bare_command(capsys, "--reward", "jpeg-compressibility")
+    assert "CompVis/stable-diffusion-v1-4" in line and "no connection" in line and "--preset toy" in line
+    monkeypatch.setattr("prompts.hf_hub_download", offline)
+    line = bare_command(capsys, "--preset", "large-hpsv2")
+    assert "train.json" in line and "ymhao/HPDv2" in line and "--preset toy" in line
