@@ -79,14 +79,14 @@ def test_multi_reward_preset_runs_end_to_end(flags, tmp_path, monkeypatch):
 
 def test_offline_draws_from_the_reference_for_ever(flags, tmp_path):
     """In the second epoch theta has moved: online its pictures have changed, offline they are still the reference's."""
-    reward = ["--preset", "small-hpsv2", "--reward", "jpeg-compressibility", "--kl_weight", "1", "--clip_range", "1"]
+    reward = "--preset small-hpsv2 --reward jpeg-compressibility --kl_weight 1 --updates_per_epoch 1".split()
     online = run_of(flags, tmp_path / "online", *reward)
     offline = run_of(flags, tmp_path / "offline", *reward, "--offline")
     frozen = run_of(flags, tmp_path / "frozen", *reward, "--learning_rate", "1e-30")
     assert offline[1]["reward_mean"] == online[1]["reward_mean"] == frozen[1]["reward_mean"]
     assert offline[2]["reward_mean"] == pytest.approx(frozen[2]["reward_mean"], abs=1e-6)
     assert abs(online[2]["reward_mean"] - frozen[2]["reward_mean"]) > 1e-4
-    assert offline[2]["kl_nats"] != 0  # log_probs_old is theta's, not that of what was drawn
+    assert abs(offline[2]["kl_nats"]) > 0.1  # log_probs_old is theta's, not that of what was drawn
     assert offline[2]["log_prob_drift"] < 1e-3
 
 
@@ -94,6 +94,10 @@ def test_adapters_off_is_the_base_model_exactly(pipe):
     base = copy.deepcopy(pipe.unet)
     reference = make_trainable(pipe, parse(["--lora_rank", "4"]))
     trained = trained_parameters(pipe)
+    again = copy.copy(pipe)
+    again.unet = copy.deepcopy(base)
+    make_trainable(again, parse(["--lora_rank", "4"]))  # the same in every process: from the run's seed
+    assert all(torch.equal(parameter, trained[name]) for name, parameter in trained_parameters(again).items())
     assert trained and all("lora_" in name for name in trained)
     policy = make_policy(pipe)
     latents, cond = draw(policy, pipe)
