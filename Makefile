@@ -39,4 +39,4 @@ results: .venv/installed
 			results/toy-seed$$seed/ || exit 1; \
 	done
 	$(BIN)/python toy_model.py > results/toy-limits.json
-	$(BIN)/python benchmark.py --output results/benchmark.json
+	$(BIN)/python benchmark.py --preset toy --output results/benchmark.json

@@ -1,10 +1,14 @@
-"""Seconds per epoch by phase and peak memory, for several numbers of denoising steps T.
+"""Seconds per epoch by phase, peak memory and utilisation, for several numbers of denoising steps T.
 
-    python benchmark.py                                        # the embedded model, T = 5 and T = 50
-    python benchmark.py --num_steps 10 50 --model FOLDER --guidance_scale 5 ...    # any flag of train.py
+    python benchmark.py --preset toy                                               # the embedded model, T = 5 and T = 50
+    python benchmark.py --num_steps 50 --preset large-hpsv2 --model FOLDER ...     # any flags of train.py, e.g. rehearsal.py's
 
-Runs train.py for three epochs per T, each in a process of its own, and takes the last two epochs (the first has no reference
-pass and warms up). Prints a table and, with --output, writes it as JSON with command, versions and machine.
+Runs train.py for three epochs per T with one update each, in a process of its own, and takes the last two epochs (the first has
+no reference pass and warms up). Prints a table and, with --output, writes it as JSON with command, versions and machine.
+
+Utilisation is the floating point operations that the phase needs, over its seconds, over what the same device reaches in one
+large matrix product of the same precision. The UNet's operations are counted by torch in one forward pass; a backward pass is
+two of them (one if only adapters are trained), and what gradient checkpointing computes again does not count.
 """
 
 import argparse
@@ -14,27 +18,60 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
+
+from config import Config, parse
+from pipeline import encode_prompts, load_pipeline
 from processes import one_line_errors
 from provenance import provenance
+from sampler import Policy, ddim_scheduler, guided_output
 
 EPOCHS = 3
 
 
-def measure(num_steps: int, flags: list[str]) -> dict:
+def flops_per_entry(config: Config) -> int:
+    """Floating point operations of the UNet for one (trajectory, step), guidance included."""
+    pipe = load_pipeline(config.model, torch.device("cpu"))
+    scheduler = ddim_scheduler(pipe.scheduler.config, config.num_steps, config.eta)
+    policy = Policy(pipe.unet, scheduler, encode_prompts(pipe, None), config.guidance_scale)
+    cond = encode_prompts(pipe, ["a prompt"])
+    x_t = torch.randn(1, pipe.unet.config.in_channels, *[pipe.unet.config.sample_size] * 2)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        guided_output(policy, x_t, torch.ones(1, dtype=torch.long), cond)
+    return counter.get_total_flops()
+
+
+def ceiling(config: Config) -> float:
+    """The most operations per second this device reached in a large matrix product of the run's precision."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cuda.matmul.allow_tf32 = config.tf32
+    dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.autocast]
+    side = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    best = min(Timer("a @ b", globals={"a": a, "b": b}, num_threads=torch.get_num_threads()).timeit(5).mean for _ in range(4))
+    return 2 * side**3 / best
+
+
+def measure(num_steps: int, flags: list[str], config: Config, flops: int, most: float) -> dict:
     """One row of the table; ValueError with train.py's own message if it refuses the flags."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         command = [sys.executable, str(Path(__file__).with_name("train.py")), "--eval_prompts", "", *flags]
-        command += ["--num_steps", str(num_steps), "--epochs", str(EPOCHS), "--output_dir", str(run)]
+        command += ["--num_steps", str(num_steps), "--epochs", str(EPOCHS), "--updates_per_epoch", "1", "--output_dir", str(run)]
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if done.returncode:
             raise ValueError(done.stderr.strip().splitlines()[-1])
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-(EPOCHS - 1) :]
     phases = {phase: sum(line["seconds"][phase] for line in lines) / len(lines) for phase in lines[0]["seconds"]}
+    trajectories = config.prompts_per_epoch * config.images_per_prompt
+    passes = {"sample": num_steps, "reference": num_steps, "update": num_steps * (2 if config.lora_rank else 3)}
     return {
         "num_steps": num_steps,
         "seconds": phases,
         "seconds_per_epoch": sum(phases.values()),
+        "utilisation": {phase: trajectories * n * flops / phases[phase] / most for phase, n in passes.items()},
         "images_per_second": sum(line["images_per_second"] for line in lines) / len(lines),
         "peak_memory_gib": max(line["peak_memory_gib"] for line in lines),
     }
@@ -46,16 +83,22 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--output", default="", help="JSON file")
     arguments, flags = parser.parse_known_args(argv)
     with one_line_errors(ValueError, OSError):
-        rows = [measure(num_steps, flags) for num_steps in arguments.num_steps]
+        config = parse(flags)
+        speed = {"flops_per_entry": flops_per_entry(config), "flops_per_second_of_a_matrix_product": ceiling(config)}
+        rows = [measure(num_steps, flags, config, *speed.values()) for num_steps in arguments.num_steps]
         if arguments.output:
-            Path(arguments.output).write_text(json.dumps(provenance("benchmark.py", argv) | {"results": rows}, indent=1) + "\n")
+            result = provenance("benchmark.py", argv) | speed | {"results": rows}
+            Path(arguments.output).write_text(json.dumps(result, indent=1) + "\n")
     phases = list(rows[0]["seconds"])
-    print(f"| T | {' | '.join(f'{phase} s' for phase in phases)} | epoch s | images/s | peak GiB |")
-    print("|---" * (4 + len(phases)) + "|")
+    print(f"{speed['flops_per_entry'] / 1e9:.3g} GFLOP per trajectory and step; a matrix product reaches "
+          f"{speed['flops_per_second_of_a_matrix_product'] / 1e12:.3g} TFLOP/s")  # fmt: skip
+    print(f"| T | {' | '.join(f'{phase} s' for phase in phases)} | epoch s | images/s | peak GiB | utilisation |")
+    print("|---" * (5 + len(phases)) + "|")
     for row in rows:
         seconds = " | ".join(f"{row['seconds'][phase]:.2f}" for phase in phases)
         print(f"| {row['num_steps']} | {seconds} | {row['seconds_per_epoch']:.2f} | {row['images_per_second']:.1f} "
-              f"| {row['peak_memory_gib']:.3f} |")  # fmt: skip
+              f"| {row['peak_memory_gib']:.3f} "
+              f"| {', '.join(f'{phase} {100 * share:.0f} %' for phase, share in row['utilisation'].items())} |")  # fmt: skip
     least, most = (pick(row["peak_memory_gib"] for row in rows) for pick in (min, max))
     print(f"peak memory differs by {100 * (most / least - 1):.1f} %")
 

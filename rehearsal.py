@@ -70,6 +70,15 @@ REWARDS = {
 }  # fmt: skip
 
 
+VAE_BLOCKS = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4)
+
+
+def clip_config(shape: dict) -> CLIPConfig:
+    return CLIPConfig(
+        text_config=shape["text"], vision_config=shape["vision"] | {"image_size": 224}, projection_dim=shape["projection_dim"]
+    )
+
+
 def clip_tokenizer() -> CLIPTokenizer:
     """The tokenizer of every CLIP and of Stable Diffusion, from the vocabulary that open_clip carries."""
     names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
@@ -82,10 +91,9 @@ def clip_tokenizer() -> CLIPTokenizer:
 def make_pipeline(folder: Path, size: str) -> None:
     """A StableDiffusionPipeline in the classes and files of CompVis/stable-diffusion-v1-4."""
     shape = PIPELINES[size]
-    blocks = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4)
     StableDiffusionPipeline(
         unet=UNet2DConditionModel(**shape["unet"]),
-        vae=AutoencoderKL(**blocks, **shape["vae"]),
+        vae=AutoencoderKL(**VAE_BLOCKS, **shape["vae"]),
         text_encoder=CLIPTextModel(CLIPTextConfig(vocab_size=49408, **shape["text"])),
         tokenizer=clip_tokenizer(),
         scheduler=PNDMScheduler(
@@ -104,11 +112,7 @@ def make_rewards(folder: Path, size: str) -> dict[str, Path]:
         torch.save({"state_dict": half}, folder / name / SOURCES[name].file)
         (folder / name / "open_clip_config.json").write_text(json.dumps({"model_cfg": shapes["hpsv2"]}))
     for name in ("pickscore", "clip"):
-        shape = shapes[name]
-        config = CLIPConfig(
-            text_config=shape["text"], vision_config=shape["vision"] | {"image_size": 224}, projection_dim=shape["projection_dim"]
-        )
-        CLIPModel(config).save_pretrained(folder / name)
+        CLIPModel(clip_config(shapes[name])).save_pretrained(folder / name)
         clip_tokenizer().save_pretrained(folder / name)
     widths = {0: (768, 1024), 2: (1024, 128), 4: (128, 64), 6: (64, 16), 7: (16, 1)}
     head = nn.ModuleDict({"layers": nn.ModuleDict({str(i): nn.Linear(*width) for i, width in widths.items()})})

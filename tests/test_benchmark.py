@@ -1,11 +1,15 @@
 """The benchmark runs, and its numbers are those of the runs."""
 
+import dataclasses
 import json
 import os
 
 import pytest
+import torch
 
 import benchmark
+from config import parse
+from pipeline import load_pipeline
 
 
 def test_table_and_json(capsys, model_folder, tmp_path, monkeypatch):
@@ -24,12 +28,14 @@ def test_table_and_json(capsys, model_folder, tmp_path, monkeypatch):
         str(model_folder),
     ]
     benchmark.main(["--num_steps", "2", "4", "--output", str(output), *flags])
-    printed = capsys.readouterr().out.splitlines()
+    first, *printed = capsys.readouterr().out.splitlines()
+    assert "GFLOP per trajectory and step" in first
     rows = json.loads(output.read_text())["results"]
     assert [row["num_steps"] for row in rows] == [2, 4]
     assert printed[0].startswith("| T | sample s |") and printed[2].startswith("| 2 |") and printed[3].startswith("| 4 |")
     for row in rows:
         assert row["seconds_per_epoch"] == pytest.approx(sum(row["seconds"].values()))
+        assert row["seconds"]["update"] > 0 and all(0 < share < 1.5 for share in row["utilisation"].values())
         assert row["peak_memory_gib"] > 0 and row["seconds"]["reference"] > 0
     assert "peak memory differs by" in printed[-1]
 
@@ -38,3 +44,19 @@ def test_wrong_flags_are_refused_with_the_trainers_own_line(capsys):
     with pytest.raises(SystemExit) as stopped:
         benchmark.main(["--num_steps", "5", "--modell", "x"])
     assert stopped.value.code == 2 and "unknown argument '--modell'" in capsys.readouterr().err
+
+
+def test_operations_are_those_of_the_layers(model_folder):
+    """The counter against one layer by hand, and guidance doubling all."""
+    config = parse(["--preset", "toy", "--model", str(model_folder)])
+    plain = benchmark.flops_per_entry(config)
+    guided = benchmark.flops_per_entry(dataclasses.replace(config, guidance_scale=3.0))
+    assert guided == 2 * plain
+    unet = load_pipeline(str(model_folder), torch.device("cpu")).unet
+    done = []
+    for layer in unet.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.register_forward_hook(lambda layer, _, out: done.append(2 * out.numel() * layer.weight[0].numel()))
+    text = torch.zeros(1, 16, unet.config.cross_attention_dim)
+    unet(torch.zeros(1, unet.config.in_channels, *[unet.config.sample_size] * 2), torch.ones(1), text)
+    assert 0.3 * plain < sum(done) < plain  # convolutions are the larger part of this small UNet, not all

@@ -192,7 +192,7 @@ def test_real_architectures():
     with torch.device("meta"):
         hps = open_clip.CLIP(**rehearsal.REWARDS["full"]["hpsv2"])
         shapes = {name: rehearsal.REWARDS["full"][name] for name in ("pickscore", "clip")}
-        clips = {name: CLIPModel(reward_config(shape)) for name, shape in shapes.items()}
+        clips = {name: CLIPModel(rehearsal.clip_config(shape)) for name, shape in shapes.items()}
         unet = rehearsal.UNet2DConditionModel(**rehearsal.PIPELINES["full"]["unet"])
         text = rehearsal.CLIPTextModel(rehearsal.CLIPTextConfig(**rehearsal.PIPELINES["full"]["text"]))
 
@@ -202,12 +202,6 @@ def test_real_architectures():
     assert count(unet) == 859_520_964 and count(text) == 123_060_480
     assert count(hps) == count(clips["pickscore"]) == 986_109_441
     assert count(clips["clip"]) == 427_616_513
-
-
-def reward_config(shape):
-    return rehearsal.CLIPConfig(
-        text_config=shape["text"], vision_config=shape["vision"] | {"image_size": 224}, projection_dim=shape["projection_dim"]
-    )
 
 
 def test_missing_and_wrong_weights_say_what_belongs_where(weights, tmp_path, monkeypatch):

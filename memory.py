@@ -1,0 +1,173 @@
+"""How much GPU memory a run will need, derived on a machine without a GPU.
+
+    python memory.py                                               # the README's recipes, in some minutes
+    python memory.py --preset large-hpsv2 --lora_rank 16 ...       # any flags of train.py
+
+Stable Diffusion v1.4's shape and full-sized reward models are run as tensors without content (torch's FakeTensorMode) through
+the passes of one epoch, and the storages that are alive are added up. That is the memory of tensors: the CUDA context, the
+workspaces of cuDNN and the allocator's fragmentation come on top, and a kernel on a GPU may need other temporary tensors than
+the same operation here.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import open_clip
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import CLIPModel, CLIPTextModel
+
+import rehearsal
+from config import Config, parse
+from processes import one_line_errors
+from provenance import provenance
+from sampler import Policy, ddim_scheduler, guided_output, step_log_prob
+from trainable import make_trainable, trained_parameters
+
+RECIPES = {
+    "paper, small scale": "--preset small-hpsv2",
+    "paper, large scale": "--preset large-hpsv2",
+    "every weight, 24 GB": "--preset large-hpsv2 --gradient_checkpointing --reference_on_cpu --latents_on_cpu "
+    "--reward_dtype fp16 --sample_batch_size 4 --log_prob_batch_size 8 --train_batch_size 4",
+    "adapters, 12 GB": "--preset large-hpsv2 --lora_rank 16 --learning_rate 1e-4 --gradient_checkpointing --latents_on_cpu "
+    "--reward_dtype fp16 --sample_batch_size 2 --log_prob_batch_size 8 --train_batch_size 4",
+}
+GIB = 2**30
+AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def size_of(*modules: torch.nn.Module, bytes_each: int = 4) -> float:
+    """GiB of all parameters."""
+    return sum(parameter.numel() for module in modules for parameter in module.parameters()) * bytes_each / GIB
+
+
+class LiveMemory(TorchDispatchMode):
+    """Adds up the storages that operations inside make, until they are freed; `most` is the largest sum there was, in bytes."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.most, self.known = 0, 0, {}
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and id(storage := tensor.untyped_storage()) not in self.known:
+                size, key = storage.nbytes(), id(storage)
+                self.now += size
+                self.most = max(self.most, self.now)
+                self.known[key] = weakref.ref(storage, lambda _, key=key, size=size: self.freed(key, size))
+        return result
+
+    def freed(self, key: int, size: int) -> None:
+        self.now -= size
+        del self.known[key]
+
+
+def peak_of(run: Callable[[], object]) -> float:
+    """GiB that `run` holds at most, besides what was there before."""
+    with LiveMemory() as memory:
+        run()
+    return memory.most / GIB
+
+
+def reward_models(config: Config, sizes: dict) -> list[torch.nn.Module]:
+    """The models behind config.reward."""
+    makers = {
+        "hpsv2": lambda: open_clip.CLIP(**sizes["hpsv2"]),
+        "hpsv2.1": lambda: open_clip.CLIP(**sizes["hpsv2"]),
+        "pickscore": lambda: CLIPModel(rehearsal.clip_config(sizes["pickscore"])),
+        "aesthetic": lambda: CLIPModel(rehearsal.clip_config(sizes["clip"])),
+        "clipscore": lambda: CLIPModel(rehearsal.clip_config(sizes["clip"])),
+    }
+    names = [spec.partition("=")[0] for spec in config.reward]
+    return [makers[name]() for name in names if name in makers]
+
+
+def derive(config: Config, shape: str = "full") -> dict[str, float]:
+    """Peak GiB of every phase of an epoch on one GPU, and what of it is resident throughout."""
+    sizes, schedule = rehearsal.PIPELINES[shape], ddim_scheduler(DDIMScheduler().config, config.num_steps, config.eta)
+    with torch.device("meta"):
+        text = CLIPTextModel(rehearsal.CLIPTextConfig(vocab_size=49408, **sizes["text"]))
+        rewards = reward_models(config, rehearsal.REWARDS[shape])
+    unet, vae = UNet2DConditionModel(**sizes["unet"]).eval(), AutoencoderKL(**rehearsal.VAE_BLOCKS, **sizes["vae"])
+    for module in (unet, vae):
+        module.requires_grad_(False)
+    pipe = SimpleNamespace(unet=unet)
+    make_trainable(pipe, dataclasses.replace(config, compile=False))
+    trained = list(trained_parameters(pipe).values())
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        optimizer = torch.optim.AdamW(trained, fused=True)
+        width, channels, side = unet.config.cross_attention_dim, unet.config.in_channels, unet.config.sample_size
+        empty = {"encoder_hidden_states": torch.empty(1, 77, width)}
+        policy = Policy(unet, schedule, empty, config.guidance_scale, config.eta, "mean", AUTOCAST[config.autocast])
+
+        def inputs(batch: int):
+            x_t, cond = torch.empty(batch, channels, side, side), {"encoder_hidden_states": torch.empty(batch, 77, width)}
+            return x_t, torch.ones(batch, dtype=torch.long), cond
+
+        @torch.no_grad()
+        def sample() -> None:
+            guided_output(policy, *inputs(config.sample_batch_size))
+
+        @torch.no_grad()
+        def log_probs() -> None:
+            guided_output(policy, *inputs(config.log_prob_batch_size))
+
+        @torch.no_grad()
+        def decode() -> None:
+            vae.decode(torch.empty(config.sample_batch_size, channels, side, side))
+
+        def update() -> None:
+            x_t, t, cond = inputs(config.train_batch_size)
+            for _ in range(2):  # the second update meets the moments that the first has made
+                for _ in range(2):  # and a second backward pass the gradients of the one before
+                    step_log_prob(policy, x_t, x_t, t, cond).sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+        trajectories = config.prompts_per_epoch * config.images_per_prompt * (config.num_steps + 1) * channels * side**2 * 4 / GIB
+        bytes_each = 4 if config.reward_dtype == "fp32" else 2
+        waiting = size_of(unet, vae, text) + size_of(*rewards, bytes_each=bytes_each)  # whatever happens
+        waiting += 0 if config.latents_on_cpu else trajectories
+        waiting += 0 if config.lora_rank or config.reference_on_cpu else size_of(unet)
+        moments = 2 * 4 * sum(parameter.numel() for parameter in trained) / GIB
+        visiting = size_of(unet) if config.reference_on_cpu else 0
+        return {
+            "resident": waiting + moments,
+            "sample": waiting + moments + peak_of(sample),
+            "reward": waiting + moments + peak_of(decode),
+            "reference": waiting + moments + visiting + peak_of(log_probs),
+            "update": waiting + peak_of(update),
+        }
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=rehearsal.PIPELINES, default="full", help="tiny for a quick try")
+    parser.add_argument("--output", default="", help="JSON file")
+    arguments, flags = parser.parse_known_args(argv)
+    with one_line_errors(ValueError, OSError):
+        recipes = {"these flags": " ".join(flags)} if flags else RECIPES
+        rows = [{"name": name, "flags": line} | derive(parse(line.split()), arguments.shape) for name, line in recipes.items()]
+        if arguments.output:
+            how = "derived from tensors without content, not measured"
+            result = provenance("memory.py", argv) | {"how": how, "unit": "GiB", "results": rows}
+            Path(arguments.output).write_text(json.dumps(result, indent=1) + "\n")
+    phases = ["resident", "sample", "reward", "reference", "update"]
+    print(f"| GiB, derived | {' | '.join(phases)} |")
+    print("|---" * (1 + len(phases)) + "|")
+    for row in rows:
+        print(f"| {row['name']} | {' | '.join(f'{row[phase]:.1f}' for phase in phases)} |")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

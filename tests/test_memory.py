@@ -1,0 +1,57 @@
+"""Derived memory: the accounting on known tensors, and what each option saves on the tiny shape."""
+
+import json
+
+import pytest
+import torch
+
+import memory
+from config import parse
+
+FLAGS = ["--preset", "large-hpsv2", "--sample_batch_size", "4", "--train_batch_size", "16"]
+
+
+def test_peak_counts_what_is_alive_at_once():
+    def run():
+        a = torch.empty(2**20)  # 4 MiB
+        b = a.view(2, -1) + 1  # the view is free, the sum is 4 MiB more
+        del a
+        torch.empty(2**18)  # 1 MiB beside b alone
+        return b
+
+    assert memory.peak_of(run) * 1024 == pytest.approx(8)
+    assert memory.peak_of(lambda: [torch.empty(2**20) for _ in range(3)]) * 1024 == pytest.approx(12)
+    assert memory.peak_of(lambda: [torch.empty(2**20).sum() for _ in range(3)]) * 1024 == pytest.approx(4, abs=0.01)
+
+
+def test_options_save_what_they_should():
+    usual = memory.derive(parse(FLAGS), "tiny")
+    with torch.device("meta"):
+        unet = memory.UNet2DConditionModel(**memory.rehearsal.PIPELINES["tiny"]["unet"])
+    size = memory.size_of(unet)
+    assert usual["update"] > usual["resident"] > 4 * size  # the UNet, the reference and two moments
+
+    with torch.device("meta"):
+        hpsv2 = memory.open_clip.CLIP(**memory.rehearsal.REWARDS["tiny"]["hpsv2"])
+    trajectories = 64 * 8 * 51 * 4 * 8 * 8 * 4 / 2**30
+    waiting = memory.derive(parse([*FLAGS, "--reference_on_cpu", "--latents_on_cpu", "--reward_dtype", "fp16"]), "tiny")
+    saved = size + trajectories + memory.size_of(hpsv2) / 2
+    for phase in ("resident", "sample", "reward", "update"):
+        assert usual[phase] - waiting[phase] == pytest.approx(saved)
+    assert usual["reference"] - waiting["reference"] == pytest.approx(saved - size)  # it is there when it is needed
+
+    recomputed = memory.derive(parse([*FLAGS, "--gradient_checkpointing"]), "tiny")
+    assert recomputed["update"] < usual["update"] and recomputed["resident"] == usual["resident"]
+
+    adapters = memory.derive(parse([*FLAGS, "--lora_rank", "2"]), "tiny")
+    assert adapters["resident"] < usual["resident"] - 2.9 * size  # no reference, hardly any moments
+
+
+def test_table_and_json(capsys, tmp_path):
+    memory.main(["--shape", "tiny", "--output", str(tmp_path / "memory.json"), "--preset", "toy"])
+    assert "| these flags |" in capsys.readouterr().out
+    result = json.loads((tmp_path / "memory.json").read_text())
+    assert "not measured" in result["how"] and result["results"][0]["update"] > 0
+    with pytest.raises(SystemExit) as stopped:
+        memory.main(["--presett", "toy"])
+    assert stopped.value.code == 2 and "unknown argument '--presett'" in capsys.readouterr().err
