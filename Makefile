@@ -28,7 +28,7 @@ runs/demo/evaluation/table.md: runs/demo/pipeline/model_index.json
 	$(BIN)/python evaluate.py --run runs/demo --prompts toy-heldout toy-small \
 		--rewards toy-alignment toy-colourfulness
 
-# Three seeds of the demo and the benchmark, as committed under results/.
+# Three seeds of the demo, the benchmark and the derived memory, as committed under results/.
 results: .venv/installed
 	for seed in 0 1 2; do \
 		$(BIN)/python train.py --preset toy --seed $$seed --output_dir runs/seed$$seed && \
@@ -40,3 +40,4 @@ results: .venv/installed
 	done
 	$(BIN)/python toy_model.py > results/toy-limits.json
 	$(BIN)/python benchmark.py --preset toy --output results/benchmark.json
+	$(BIN)/python memory.py --output results/memory.json
