@@ -41,7 +41,7 @@ class Config:
     reward_weights: list[str] = setting([], "NAME=PATH of reward models on this machine; the others come from the hub.")
     method: str = setting("prdp", "The loss.")
     offline: bool = setting(False, "Draw all trajectories from pi_ref instead of pi_old: the ablation of Sec. 4.3.")
-    lora_rank: int = setting(0, "Train adapters of this rank on the attention layers; 0 trains every weight, as the paper does.")
+    lora_rank: int = setting(0, "NOT IN PAPER: adapters of this rank on the attention layers; 0 trains every weight.")
 
     # Algorithm 1
     epochs: int = setting(100, "E.")

@@ -6,6 +6,10 @@ import re
 
 from conftest import ROOT
 
+from config import PRESETS
+from memory import RECIPES
+from reward_models import SOURCES
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -69,3 +73,24 @@ def test_results_in_the_readme_are_the_committed_ones():
     rows = json.loads((ROOT / "results" / "benchmark.json").read_text())["results"]
     least, most = (row["peak_memory_gib"] for row in rows)
     assert f"{least:.3f} GiB" in README and f"{most:.3f} GiB" in README and most < 1.05 * least
+
+
+def test_presets_weights_and_recipes_are_the_codes():
+    lines = README.splitlines()
+    for name in PRESETS.keys() - {"toy"}:
+        assert any(line.startswith(f"| `{name}`") for line in lines), name
+    for name, source in SOURCES.items():
+        row = next(line for line in lines if line.startswith(f"| `{name}`"))
+        hub = source.hub if "://" not in source.hub else "christophschuhmann/improved-aesthetic-predictor"
+        assert all(part in row for part in (hub, source.file, source.size, source.licence, source.tokenizer)), row
+    commands = README.replace("\\\n", " ")
+    result = json.loads((ROOT / "results" / "memory.json").read_text())
+    assert "not measured" in result["how"] and result["versions"]["torch"]
+    rows = {row["name"]: row for row in result["results"]}
+    assert {name: row["flags"] for name, row in rows.items()} == RECIPES
+    for name, limit in (("every weight, 24 GB", 24e9 / 2**30), ("adapters, 12 GB", 12e9 / 2**30)):
+        assert f"python train.py {' '.join(RECIPES[name].split())}\n" in re.sub(" +", " ", commands)
+        assert max(rows[name][phase] for phase in ("sample", "reward", "reference", "update")) < 0.9 * limit
+    for name, row in rows.items():
+        numbers = " | ".join(f"{row[phase]:.1f}" for phase in ("sample", "reward", "reference", "update"))
+        assert f"| {name} | {numbers} |" in README
