@@ -4,10 +4,12 @@ BIN := .venv/bin
 .PHONY: demo test lint results
 .DELETE_ON_ERROR:
 
-demo: runs/demo/evaluation/table.md
+EVALUATE := --prompts toy-small toy-heldout-one toy-heldout-two --rewards toy-alignment toy-colourfulness --checkpoints
+
+demo: runs/demo/evaluation/report.html
 	@echo
-	@echo "Look at runs/demo/reward.png (the reward on prompts never trained on, rising),"
-	@echo "runs/demo/evaluation/pictures-*.png (before and after, from the same noise) and table.md beside them."
+	@echo "Open runs/demo/evaluation/report.html: the rewards on prompts never trained on, the curves, and pictures"
+	@echo "before and after from the same noise."
 
 test: .venv/installed
 	$(BIN)/python -m pytest -q tests
@@ -24,16 +26,14 @@ lint: .venv/installed
 runs/demo/pipeline/model_index.json: | .venv/installed
 	$(BIN)/python train.py $(if $(wildcard runs/demo/checkpoints),--resume runs/demo,--preset toy --output_dir runs/demo)
 
-runs/demo/evaluation/table.md: runs/demo/pipeline/model_index.json
-	$(BIN)/python evaluate.py --run runs/demo --prompts toy-heldout toy-small \
-		--rewards toy-alignment toy-colourfulness
+runs/demo/evaluation/report.html: runs/demo/pipeline/model_index.json
+	$(BIN)/python evaluate.py --run runs/demo $(EVALUATE)
 
 # Three seeds of the demo, the benchmark and the derived memory, as committed under results/.
 results: .venv/installed
 	for seed in 0 1 2; do \
 		$(BIN)/python train.py --preset toy --seed $$seed --output_dir runs/seed$$seed && \
-		$(BIN)/python evaluate.py --run runs/seed$$seed --seed $$seed --prompts toy-heldout toy-small \
-			--rewards toy-alignment toy-colourfulness && \
+		$(BIN)/python evaluate.py --run runs/seed$$seed --seed $$seed $(EVALUATE) && \
 		mkdir -p results/toy-seed$$seed && \
 		cp runs/seed$$seed/metrics.jsonl runs/seed$$seed/config.json runs/seed$$seed/evaluation/results.json \
 			results/toy-seed$$seed/ || exit 1; \

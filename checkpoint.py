@@ -5,6 +5,8 @@
         optimizer.safetensors    the optimiser's tensors, as "parameter index.name"
         state.json               epochs completed and the configuration
 
+The newest is for resuming. Of older ones, those that --keep_every asks for stay, without the optimiser, for evaluate.py.
+
 Random numbers need no state: noise and prompt order are functions of (seed, epoch, ...), see sampler.py and prompts.py.
 """
 
@@ -21,7 +23,7 @@ from safetensors.torch import load_file, save_file
 def save(
     run: Path, epoch: int, config: dict, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> None:
-    """Saves the state after `epoch` completed epochs under run/checkpoints and removes the older ones; OSError if it cannot."""
+    """Saves the state after `epoch` completed epochs under run/checkpoints and thins the older ones; OSError if it cannot."""
     folder = run / "checkpoints" / f"epoch_{epoch:06d}"
     if folder.exists():
         return
@@ -35,7 +37,10 @@ def save(
     older = all_checkpoints(run)
     os.replace(unfinished, folder)
     for old in older:
-        shutil.rmtree(old)
+        if config["keep_every"] and epoch_of(old) % config["keep_every"] == 0:
+            (old / "optimizer.safetensors").unlink(missing_ok=True)
+        else:
+            shutil.rmtree(old)
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -51,16 +56,40 @@ def all_checkpoints(run: Path) -> list[Path]:
     return sorted(path for path in (run / "checkpoints").glob("epoch_*") if path.suffix != ".unfinished")
 
 
+def epoch_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("epoch_"))
+
+
 def read_state(run: Path) -> dict:
     """The newest checkpoint's {"epoch", "config", "folder"}; ValueError if there is none or it is damaged."""
     found = all_checkpoints(run)
     if not found:
         raise ValueError(f"nothing to resume: no checkpoint under {run / 'checkpoints'}")
+    return read_folder(found[-1])
+
+
+def read_folder(folder: Path) -> dict:
+    """One checkpoint's {"epoch", "config", "folder"}; ValueError if it is damaged."""
     try:
-        state = json.loads((found[-1] / "state.json").read_text())
-        return {"epoch": int(state["epoch"]), "config": dict(state["config"]), "folder": found[-1]}
+        state = json.loads((folder / "state.json").read_text())
+        return {"epoch": int(state["epoch"]), "config": dict(state["config"]), "folder": folder}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"damaged checkpoint {found[-1]}: state.json: {error}") from error
+        raise ValueError(f"damaged checkpoint {folder}: state.json: {error}") from error
+
+
+def load_weights(folder: Path, parameters: dict[str, torch.nn.Parameter]) -> None:
+    """Restores the weights in place; ValueError if the checkpoint is damaged or belongs to another model."""
+    try:
+        weights = load_file(folder / "weights.safetensors")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"damaged checkpoint {folder}: {error}") from error
+    shapes, wanted = ({name: tuple(t.shape) for name, t in d.items()} for d in (weights, parameters))
+    if shapes != wanted:
+        differing = sorted(name for name in shapes.keys() | wanted.keys() if shapes.get(name) != wanted.get(name))
+        raise ValueError(f"foreign checkpoint {folder}: it does not fit the model, e.g. {differing[0]}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
 
 
 def load(run: Path, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
@@ -69,21 +98,14 @@ def load(run: Path, parameters: dict[str, torch.nn.Parameter], optimizer: torch.
     ValueError if there is none, it is damaged, or it belongs to another model.
     """
     state = read_state(run)
-    folder = state["folder"]
     try:
-        weights, flat = load_file(folder / "weights.safetensors"), load_file(folder / "optimizer.safetensors")
+        flat = load_file(state["folder"] / "optimizer.safetensors")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"damaged checkpoint {folder}: {error}") from error
-    shapes, wanted = ({name: tuple(t.shape) for name, t in d.items()} for d in (weights, parameters))
-    if shapes != wanted:
-        differing = sorted(name for name in shapes.keys() | wanted.keys() if shapes.get(name) != wanted.get(name))
-        raise ValueError(f"foreign checkpoint {folder}: it does not fit the model, e.g. {differing[0]}")
+        raise ValueError(f"damaged checkpoint {state['folder']}: {error}") from error
+    load_weights(state["folder"], parameters)
     restored = optimizer.state_dict()
     for name, tensor in flat.items():
         index, _, key = name.partition(".")
         restored["state"].setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict(restored)
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
     return state["epoch"]

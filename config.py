@@ -81,13 +81,16 @@ class Config:
     # What is written
     eval_every: int = setting(10, "Epochs between pictures and scores of --eval_prompts.")
     save_every: int = setting(10, "Epochs between checkpoints.")
+    keep_every: int = setting(
+        0, "Of the checkpoints at multiples of this the weights stay, for evaluate.py --checkpoints; 0: none."
+    )
     log_to: Literal["none", "tensorboard", "wandb"] = setting("none", "Where metrics go besides metrics.jsonl.")
 
 
 # Table 4, second column. K = 1, so the clip cannot act and the rounding of bf16 cannot pass for a log-ratio.
 LARGE = dict(
     epochs=1000, updates_per_epoch=1, prompts_per_epoch=64, images_per_prompt=8, kl_weight=3e-6, clip_range=1e-4,
-    learning_rate=7e-6, eval_prompts="pickapic-test", eval_every=50, save_every=50, autocast="bf16",
+    learning_rate=7e-6, eval_prompts="pickapic-test", eval_every=50, save_every=50, keep_every=100, autocast="bf16",
 )  # fmt: skip
 PRESETS: dict[str, dict] = {
     # Sec. 4.1 and Table 1: Table 4, first column, which is the defaults
@@ -110,12 +113,14 @@ PRESETS: dict[str, dict] = {
         model="toy", prompts="toy-train", eval_prompts="toy-heldout", reward=["toy-alignment"],
         epochs=80, updates_per_epoch=1, prompts_per_epoch=16, images_per_prompt=8, kl_weight=0.01, clip_range=6.4e-3,
         num_steps=5, guidance_scale=1.0, learning_rate=1e-4, sample_batch_size=64, log_prob_batch_size=64, train_batch_size=64,
+        keep_every=20,
     ),
 }  # fmt: skip
 
 MAY_CHANGE_ON_RESUME = {
-    "resume", "output_dir", "prompts_dir", "reward_weights", "epochs", "eval_every", "save_every", "log_to", "sample_batch_size",
-    "log_prob_batch_size", "train_batch_size", "compile", "gradient_checkpointing", "latents_on_cpu", "reference_on_cpu",
+    "resume", "output_dir", "prompts_dir", "reward_weights", "epochs", "eval_every", "save_every", "keep_every", "log_to",
+    "sample_batch_size", "log_prob_batch_size", "train_batch_size", "compile", "gradient_checkpointing", "latents_on_cpu",
+    "reference_on_cpu",
 }  # fmt: skip
 
 
@@ -178,12 +183,11 @@ def check(config: Config, methods, world_size: int) -> None:
         raise ValueError(f"images_per_prompt must be at least 2, not {config.images_per_prompt}: the loss needs pairs")
     if config.prompts_per_epoch % world_size:
         raise ValueError(f"prompts_per_epoch={config.prompts_per_epoch} cannot be shared evenly by {world_size} processes")
-    if config.lora_rank < 0:
-        raise ValueError(f"lora_rank must be at least 0, not {config.lora_rank}")
+    for name in ("lora_rank", "keep_every", "seed"):
+        if getattr(config, name) < 0:
+            raise ValueError(f"{name} must be at least 0, not {getattr(config, name)}")
     if config.lora_rank and config.reference_on_cpu:
         raise ValueError("reference_on_cpu: with lora_rank there is no second UNet to keep anywhere")
-    if config.seed < 0:
-        raise ValueError(f"seed must be at least 0, not {config.seed}")
     if config.method not in methods:
         raise ValueError(f"unknown method {config.method!r}: use {', '.join(methods)}")
 

@@ -1,37 +1,47 @@
-"""Base against finetuned, on any prompts, by any rewards, at the same seeds.
+"""The paper's evaluation: any models on any prompts by any rewards, from the same noise, and a page to look at.
 
     python evaluate.py --run runs/toy --prompts toy-heldout toy-small --rewards toy-alignment toy-colourfulness
-    python evaluate.py --models base=toy tuned=runs/toy/pipeline --prompts my_prompts.txt --rewards toy-alignment ...
+    torchrun --nproc_per_node=8 evaluate.py --run runs/large-hpsv2 --protocol large    # Tables 2 and 3
+    python evaluate.py --models base=toy lora=runs/a/lora step10=runs/b/checkpoints/epoch_000010 --prompts my.txt --rewards hpsv2
 
-Writes into --output_dir: table.md (mean and standard error over prompts), results.json (the same and every prompt's mean,
-with command, versions and machine) and, of every prompt set, pictures-SET.png with the models side by side.
+Every picture is made once and scored by every reward. What is finished is kept in --output_dir: after an interruption the same
+command goes on, with any number of processes. At the end the folder holds table.md, results.json (every prompt's numbers, with
+command, versions and machine), PNGs of curves, grids and strips, and report.html, which shows all of it and needs nothing else.
 """
 
 import dataclasses
+import functools
 import json
-import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from tqdm import tqdm
 
-import plots
+import checkpoint
 import processes
+import report
 from config import Parser, setting
-from pipeline import encode_prompts, load_pipeline
-from prompts import load_prompts
-from provenance import provenance
-from rewards import RewardError, load_reward
-from sampler import EVALUATION, Policy, ddim_scheduler, sample_images
+from pipeline import encode_prompts
+from processes import RANK, WORLD_SIZE, say, together
+from prompts import draw_prompts, load_prompts
+from rdp_loss import log_ratio, prediction_quality
+from rewards import Reward, RewardError, load_reward, parse_weighted
+from sampler import EVALUATION, Policy, ddim_scheduler, log_prob_table, sample_images, sample_trajectories
+from scores import Model, Results, claim
+from trainable import open_model
 
 
 @dataclass
 class EvaluationConfig:
-    run: str = setting("", "Run folder of train.py: compares its start and its result, with its sampler.")
-    models: list[str] = setting([], "name=pipeline, the first is the base; by default those of --run.")
-    prompts: list[str] = setting([], "Named sets or files; by default the evaluation prompts of --run.")
+    run: list[str] = setting([], "Run folders of train.py: compares their base and their results, with the first one's sampler.")
+    checkpoints: bool = setting(False, "Also every checkpoint that the runs have kept (--keep_every), for reward against epoch.")
+    models: list[str] = setting([], "name=pipeline, run, checkpoint or LoRA folder, or hub id; the first is the base.")
+    protocol: Literal["none", "small", "large"] = setting("none", "Prompts and pictures of Sec. 4.1 or Sec. 4.2, unless given.")
+    prompts: list[str] = setting([], "Named sets or files; SET:500 is what training draws first. By default those of --run.")
     prompts_dir: str = setting("", "Folder with the hub's prompt files as DATA_SET/FILE; by default the hub itself.")
     rewards: list[str] = setting([], "Names or module:function, each its own column; by default those of --run.")
     reward_weights: list[str] = setting([], "NAME=PATH of reward models on this machine; by default those of --run, or the hub.")
@@ -39,117 +49,189 @@ class EvaluationConfig:
     num_steps: int = setting(50, "T; with --run its own, unless given.")
     guidance_scale: float = setting(5.0, "w; with --run its own, unless given.")
     eta: float = setting(1.0, "Noise of a step relative to DDPM's; with --run its own, unless given.")
-    seed: int = setting(0, "Of the noise.")
+    seed: int = setting(0, "Of the noise, and of what SET:500 draws.")
     batch_size: int = setting(64, "Pictures at a time; does not change the result by more than rounding.")
-    pictures: int = setting(12, "Prompts of each set whose first picture is shown.")
-    output_dir: str = setting("", "By default evaluation/ in --run.")
+    predicted: int = setting(16, "Prompts of each set on which a run's predicted and actual reward differences are compared.")
+    pictures: int = setting(4, "Best, worst and random prompts of each set on the page, of each kind.")
+    output_dir: str = setting("", "By default evaluation/ in the first --run.")
 
 
-def parse(argv: list[str]) -> EvaluationConfig:
-    """The settings; what is not given comes from the run's config.json. ValueError naming what is missing or wrong."""
+# Sec. 4.1, Table 1, and Sec. 4.2 and 4.3, Tables 2 and 3. TRAINED stands for the prompts the run was trained on.
+PROTOCOLS = {
+    "none": dict(),
+    "small": dict(prompts=["TRAINED"], images_per_prompt=256),
+    "large": dict(
+        prompts=["TRAINED:500", "pickapic-test:500", "hpdv2-animation", "hpdv2-concept-art", "hpdv2-painting", "hpdv2-photo"],
+        images_per_prompt=64,
+    ),
+}
+MAY_CHANGE = {"batch_size", "prompts_dir", "reward_weights", "pictures", "models", "prompts", "run", "checkpoints", "output_dir"}
+
+
+def parse(argv: list[str]) -> tuple[EvaluationConfig, list[Model]]:
+    """Settings and models; what is not given comes from the run's config.json. ValueError naming what is missing or wrong."""
     parser = Parser(EvaluationConfig, prog="evaluate.py", allow_abbrev=False)
     (first, _) = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    if first.run:
-        run = Path(first.run)
-        try:
-            trained = json.loads((run / "config.json").read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise ValueError(f"{run} is no run folder of train.py: {error}") from error
+    trained = [read_run(Path(run)) for run in first.run]
+    parser.set_defaults(**PROTOCOLS[first.protocol])
+    if trained:
         parser.set_defaults(
-            models=[f"base={trained['model']}", f"tuned={run / 'pipeline'}"],
-            prompts=[trained["eval_prompts"] or trained["prompts"]],
-            rewards=[reward.rpartition("=")[0] or reward for reward in trained["reward"]],
-            output_dir=str(run / "evaluation"),
-            **{name: trained[name] for name in ("num_steps", "guidance_scale", "eta", "prompts_dir", "reward_weights")},
+            rewards=[name for name, _ in parse_weighted(trained[0]["reward"])],
+            output_dir=str(Path(first.run[0], "evaluation")),
+            **{name: trained[0][name] for name in ("num_steps", "guidance_scale", "eta", "prompts_dir", "reward_weights")},
         )
+        if first.protocol == "none":
+            parser.set_defaults(prompts=[trained[0]["eval_prompts"] or trained[0]["prompts"]])
     config = parser.parse_strictly(argv)
-    for name in ("models", "prompts", "rewards", "output_dir"):
-        if not getattr(config, name):
+    if trained:
+        config.prompts = [name.replace("TRAINED", trained[0]["prompts"]) for name in config.prompts]
+    if len({settings["model"] for settings in trained}) > 1:
+        raise ValueError(f"the runs start from different models, {trained[0]['model']} and others: evaluate them apart")
+    models = [Model("base", trained[0]["model"])] if trained else []
+    for run, settings in zip(config.run, trained, strict=True):
+        name = "tuned" if len(trained) == 1 else Path(run).name
+        if config.checkpoints:
+            folders = checkpoint.all_checkpoints(Path(run))
+            epochs = [(checkpoint.epoch_of(folder), str(folder)) for folder in folders]
+            models += [Model(f"{name}@{epoch}", folder, settings, epoch) for epoch, folder in epochs]
+        models.append(Model(name, run, settings))
+    for spec in config.models:
+        name, equals, folder = spec.partition("=")
+        if not equals:
+            raise ValueError(f"--models takes name=pipeline, not {spec!r}")
+        models.append(Model(name, folder))
+    for name, value in (("models", models), *((n, getattr(config, n)) for n in ("prompts", "rewards", "output_dir"))):
+        if not value:
             raise ValueError(f"--{name} is missing (or give --run)")
+    if any("TRAINED" in name for name in config.prompts):
+        raise ValueError(f"--protocol {config.protocol} needs --run, whose training prompts are part of it, or --prompts")
     for name in ("images_per_prompt", "batch_size", "pictures"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
-    if any("=" not in model for model in config.models):
-        raise ValueError(f"--models takes name=pipeline, not {next(m for m in config.models if '=' not in m)!r}")
-    return config
+    repeated = [model.name for i, model in enumerate(models) if model.name in [m.name for m in models[:i]]]
+    if repeated:
+        raise ValueError(f"two models are called {repeated[0]!r}: give each a name of its own with --models name=...")
+    return config, models
 
 
-def score_model(config: EvaluationConfig, folder: str, prompt_sets: dict, rewards: dict, device) -> tuple[dict, dict]:
-    """Scores {set: {reward: (prompts, images)}} and the first pictures {set: (pictures, 3, H, W)} of one model."""
-    pipe = load_pipeline(folder, device)
+def read_run(run: Path) -> dict:
+    try:
+        return json.loads((run / "config.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{run} is no run folder of train.py: {error}") from error
+
+
+def load_set(name: str, config: EvaluationConfig) -> list[str]:
+    """The prompts of a set; of SET:500 the first 500 that training with this seed draws."""
+    whole, colon, number = name.rpartition(":")
+    if not (colon and number.isdigit()):
+        return load_prompts(name, config.prompts_dir)
+    prompts = load_prompts(whole, config.prompts_dir)
+    if not 1 <= int(number) <= len(prompts):
+        raise ValueError(f"prompt set {name!r}: {whole} has {len(prompts)} prompts, so the number must be 1 to {len(prompts)}")
+    return draw_prompts(prompts, int(number), 0, config.seed)
+
+
+def policy_of(pipe, config: EvaluationConfig) -> Policy:
     scheduler = ddim_scheduler(pipe.scheduler.config, config.num_steps, config.eta)
-    policy = Policy(pipe.unet, scheduler, encode_prompts(pipe, None), config.guidance_scale, config.eta)
-    scores, pictures = {}, {}
-    for set_name, prompts in prompt_sets.items():
-        # First picture of every prompt first: the shown ones are then the first of the batch.
-        todo = [
-            (prompt, (config.seed, EVALUATION, n, b)) for b in range(config.images_per_prompt) for n, prompt in enumerate(prompts)
-        ]
-        parts = {name: [] for name in rewards}
-        shown = []
-        for start in tqdm(range(0, len(todo), config.batch_size), f"{folder}: {set_name}", leave=False):
-            batch, names = map(list, zip(*todo[start : start + config.batch_size], strict=True))
-            images = sample_images(policy, pipe, batch, names, config.batch_size)
-            shown += images[: config.pictures - len(shown)] if len(shown) < config.pictures else []
+    return Policy(pipe.unet, scheduler, encode_prompts(pipe, None), config.guidance_scale, config.eta)
+
+
+def score_set(
+    config: EvaluationConfig, results: Results, model: str, pipe, set_name: str, prompts: list[str], rewards: dict[str, Reward]
+) -> None:
+    """Draws and scores what of this process's share of a set is not done yet; holds one batch of pictures at a time."""
+    policy, B, done = policy_of(pipe, config), config.images_per_prompt, results.read(model, set_name, prompts)
+    missing = [n for n in range(len(prompts)) if n not in done][RANK::WORLD_SIZE]
+    at_once = max(1, config.batch_size // B)  # prompts finished together
+    bar = tqdm(total=len(missing) * B, desc=f"{model}: {set_name}", unit="pictures", leave=False, disable=RANK > 0)
+    for first in range(0, len(missing), at_once):
+        block = missing[first : first + at_once]
+        rows = [(n, b) for n in block for b in range(B)]
+        scores = {name: [] for name in rewards}
+        moments = torch.zeros(2, len(block), 3, 32, 32, dtype=torch.float64)
+        for start in range(0, len(rows), config.batch_size):
+            part = rows[start : start + config.batch_size]
+            texts = [prompts[n] for n, _ in part]
+            images = sample_images(policy, pipe, texts, [(config.seed, EVALUATION, n, b) for n, b in part], config.batch_size)
             for name, reward in rewards.items():
-                parts[name].append(reward(images, batch))
-        scores[set_name] = {name: torch.cat(p).view(config.images_per_prompt, len(prompts)).T for name, p in parts.items()}
-        pictures[set_name] = torch.stack(shown[: len(prompts)])
-    return scores, pictures
+                scores[name] += reward(images, texts).tolist()
+            small = torch.nn.functional.adaptive_avg_pool2d(images.double(), 32)
+            which = torch.tensor([block.index(n) for n, _ in part])
+            moments.index_add_(1, which, torch.stack([small, small**2]))
+            for (n, b), image in zip(part, images, strict=True):
+                if b == 0:
+                    results.save_picture(model, set_name, n, image)
+            bar.update(len(part))
+        mean, square = moments / B
+        spread = (square - mean**2).clamp(min=0).mean((1, 2, 3)).sqrt().tolist()
+        results.append(model, set_name, [
+            {"n": n, "prompt": prompts[n], "scores": {name: s[i * B : (i + 1) * B] for name, s in scores.items()}, "diversity": d}
+            for i, (n, d) in enumerate(zip(block, spread, strict=True))
+        ])  # fmt: skip
 
 
-def mean_and_error(per_prompt: torch.Tensor) -> tuple[float, float]:
-    """Mean and standard error over prompts (P,) -> two floats; the error of a single prompt is undefined (NaN)."""
-    return per_prompt.mean().item(), (per_prompt.std() / math.sqrt(len(per_prompt))).item() if len(per_prompt) > 1 else math.nan
+def predict(
+    config: EvaluationConfig, results: Results, model: Model, opened: Callable, base: Callable, set_name: str, prompts: list[str]
+) -> None:
+    """Predicted (beta log pi_theta/pi_ref) and actual reward of some of the pictures that were scored (Eq. 10-13), to disk.
 
-
-def summarise(all_scores: dict[str, dict], prompt_sets: dict) -> list[dict]:
-    """One entry per set, reward and model: mean, standard error, and the paired difference to the first model."""
-    base, rows = next(iter(all_scores)), []
-    for model, scores in all_scores.items():
-        for set_name in prompt_sets:
-            for reward, values in scores[set_name].items():
-                per_prompt = values.double().mean(1)
-                mean, error = mean_and_error(per_prompt)
-                gain, gain_error = mean_and_error(per_prompt - all_scores[base][set_name][reward].double().mean(1))
-                rows.append(
-                    {"model": model, "prompts": set_name, "reward": reward, "mean": mean, "standard_error": error,
-                     "gain": gain, "gain_standard_error": gain_error, "per_prompt": per_prompt.tolist()}
-                )  # fmt: skip
-    return rows
-
-
-def markdown_table(rows: list[dict]) -> str:
-    """Prompt sets and rewards down, models across: mean ± standard error."""
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    cells = {(r["prompts"], r["reward"], r["model"]): f"{r['mean']:.4f} ± {r['standard_error']:.4f}" for r in rows}
-    lines = [f"| prompts | reward | {' | '.join(models)} |", "|---" * (2 + len(models)) + "|"]
-    for prompts, reward in dict.fromkeys(key[:2] for key in cells):
-        lines.append(f"| {prompts} | {reward} | {' | '.join(cells[prompts, reward, model] for model in models)} |")
-    return "\n".join(lines) + "\n"
+    The trajectories are drawn once more, by their names the same. Leaves out checkpoints, models that were not trained here, and
+    those whose training reward was not evaluated. opened, base: functions that open the model's and the reference's pipeline.
+    """
+    done, file = (
+        results.read(model.name, set_name, prompts),
+        Path(f"{results.path('scores', model.name, set_name)}.predicted.json"),
+    )
+    parts = parse_weighted(model.run["reward"]) if model.run else []
+    number, B = min(config.predicted, len(prompts)), min(config.images_per_prompt, 8)
+    known = parts and model.epoch is None and all(name in config.rewards for name, _ in parts)
+    if file.exists() or not known or B < 2 or number < 1:
+        return
+    pipe, rhat = opened(), []
+    policy, reference = policy_of(pipe, config), policy_of(base(), config)
+    for n in range(number):
+        cond = encode_prompts(pipe, [prompts[n]] * B)
+        (drawn,) = sample_trajectories(policy, cond, [(config.seed, EVALUATION, n, b) for b in range(B)], False, B)
+        log_probs_ref = log_prob_table(reference, drawn.latents, cond, config.batch_size)
+        rhat.append(log_ratio(drawn.log_probs.cpu(), log_probs_ref, model.run["step_reduction"]))
+    in_nats = policy.latent_size if model.run["log_prob_reduction"] == "sum" else 1
+    rewards = torch.tensor([[sum(w * done[n]["scores"][name][b] for name, w in parts) for b in range(B)] for n in range(number)])
+    rhat, beta = torch.stack(rhat) * in_nats, model.run["kl_weight"]
+    correlation, slope = prediction_quality(rhat, rewards, beta)
+    values = {"predicted": (beta * rhat).tolist(), "actual": rewards.tolist()}
+    file.write_text(json.dumps({"correlation": correlation, "slope": slope} | values))
 
 
 def main(argv: list[str]) -> None:
     with processes.one_line_errors(ValueError, OSError, RewardError):
-        config = parse(argv)
+        config, models = parse(argv)
         device = processes.start()
-        prompt_sets = {name: load_prompts(name, config.prompts_dir) for name in config.prompts}
+        sets = {name: load_set(name, config) for name in config.prompts}
         rewards = {name: load_reward(name, config.reward_weights, device) for name in config.rewards}
-        output = Path(config.output_dir)
-        output.mkdir(parents=True, exist_ok=True)
-        all_scores, pictures = {}, {}
-        for name, _, folder in (model.partition("=") for model in config.models):
-            all_scores[name], pictures[name] = score_model(config, folder, prompt_sets, rewards, device)
-        rows = summarise(all_scores, prompt_sets)
-        result = provenance("evaluate.py", argv) | {"config": dataclasses.asdict(config), "results": rows}
-        (output / "results.json").write_text(json.dumps(result, indent=1))
-        (output / "table.md").write_text(markdown_table(rows))
-        for set_name, prompts in prompt_sets.items():
-            rows_of_pictures = {model: pictures[model][set_name] for model in pictures}
-            file = f"pictures-{Path(set_name).stem}.png"
-            plots.grid(rows_of_pictures, prompts[: config.pictures], output / file)
-    print(markdown_table(rows))
-    print(f"details in {output / 'results.json'}, pictures in {output}/pictures-*.png")
+        results = Results(Path(config.output_dir))
+        fixed = {name: value for name, value in dataclasses.asdict(config).items() if name not in MAY_CHANGE}
+        processes.in_first(lambda: claim(results, fixed, models))
+        base = functools.cache(lambda: open_model(models[0].folder, models[0].folder, device))
+        for model in models:
+            opened = functools.cache(lambda model=model: open_model(model.folder, models[0].folder, device))
+
+            def score(model=model, opened=opened) -> torch.Tensor:
+                for set_name, prompts in sets.items():
+                    if len(results.read(model.name, set_name, prompts)) < len(prompts):
+                        score_set(config, results, model.name, opened(), set_name, prompts, rewards)
+                return torch.empty(0)
+
+            def compare(model=model, opened=opened) -> None:
+                for set_name, prompts in sets.items():
+                    predict(config, results, model, opened, base, set_name, prompts)
+
+            together(score)
+            processes.in_first(compare)
+        processes.in_first(lambda: report.write(config, results, models, sets, argv))
+    say((results.output / "table.md").read_text())
+    say(f"look at {results.output / 'report.html'}; all numbers are in {results.output / 'results.json'}")
+    processes.stop()
 
 
 if __name__ == "__main__":

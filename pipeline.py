@@ -24,6 +24,7 @@ def load_pipeline(name: str, device: torch.device) -> DiffusionPipeline:
         name = str(toy_model.toy_folder())
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     local = Path(name).is_dir()
     if not local and (name.count("/") != 1 or name.startswith((".", "/"))):

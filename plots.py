@@ -8,6 +8,8 @@ import matplotlib
 matplotlib.use("Agg")  # draws into files; needs no screen
 
 import matplotlib.pyplot as plt
+import numpy as np
+from PIL import Image
 from torch import Tensor
 
 
@@ -24,14 +26,76 @@ def reward_curve(metrics: list[dict], path: Path) -> None:
     axes.set(xlabel="epoch", ylabel="reward")
     axes.legend(frameon=False, loc="lower right")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
+    finish(figure, path, 130)
+
+
+def finish(figure, path: Path, dpi: int) -> None:
+    figure.savefig(path, dpi=dpi)
     plt.close(figure)
 
 
-def grid(rows: dict[str, Tensor], prompts: list[str], path: Path, across: int = 6) -> None:
+def training_curves(runs: dict[str, list[dict]], path: Path) -> None:
+    """Reward of the training samples of several runs against epochs (Fig. 9). runs: title -> metrics."""
+    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    for title, metrics in runs.items():
+        axes.plot(*zip(*((m["epoch"], m["reward_mean"]) for m in metrics if m["epoch"]), strict=True), label=title)
+    axes.set(xlabel="epoch", ylabel="mean reward of the training samples")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    finish(figure, path, 130)
+
+
+def reward_over_epochs(rows: list[dict], path: Path) -> None:
+    """Mean and standard error against the epoch of a checkpoint (Fig. 7): a panel for every reward, a line for every set.
+
+    rows: of scores.summarise, with an epoch.
+    """
+    rewards, sets = (list(dict.fromkeys(row[key] for row in rows)) for key in ("reward", "prompts"))
+    figure, panels = plt.subplots(1, len(rewards), figsize=(4.6 * len(rewards), 3.4), squeeze=False, layout="constrained")
+    for reward, axes in zip(rewards, panels[0], strict=True):
+        for name in sets:
+            line = sorted((r for r in rows if r["reward"] == reward and r["prompts"] == name), key=lambda r: r["epoch"])
+            epoch, mean, error = zip(*((r["epoch"], r["mean"], r["standard_error"]) for r in line), strict=True)
+            axes.errorbar(epoch, mean, [e or 0 for e in error], marker="o", markersize=3, capsize=2, label=name)
+        axes.set(xlabel="epoch", ylabel=reward)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0][0].legend(frameon=False)
+    finish(figure, path, 130)
+
+
+def pixels(image: Tensor | Path):
+    """(H, W, 3) for matplotlib from (3, H, W) in [0, 1] or a file."""
+    return np.asarray(Image.open(image)) if isinstance(image, Path) else image.permute(1, 2, 0).clamp(0, 1).cpu().numpy()
+
+
+def strips(columns: dict[str, list], prompts: list[str], path: Path) -> None:
+    """The same prompts and noise through training (Fig. 6): a row for every prompt, a column for every title."""
+    figure, axes = plt.subplots(
+        len(prompts),
+        len(columns),
+        figsize=(1.3 * len(columns) + 1.4, 1.35 * len(prompts) + 0.3),
+        squeeze=False,
+        layout="constrained",
+    )
+    for column, (title, images) in enumerate(columns.items()):
+        axes[0][column].set_title(title, fontsize=8)
+        for row, image in enumerate(images):
+            axes[row][column].imshow(pixels(image), interpolation="nearest")
+            axes[row][column].set(xticks=[], yticks=[])
+    for row, prompt in enumerate(prompts):
+        axes[row][0].set_ylabel(wrapped(prompt, 18), fontsize=6, rotation=0, ha="right", va="center")
+    finish(figure, path, 110)
+
+
+def wrapped(prompt: str, width: int) -> str:
+    """A prompt in short lines, with nothing that matplotlib takes for mathematics."""
+    return textwrap.fill(textwrap.shorten(prompt, 100), width).replace("$", r"\$")
+
+
+def grid(rows: dict[str, Tensor | list], prompts: list[str], path: Path, across: int = 6) -> None:
     """Pictures of several models below each other, `across` prompts side by side, then the next band of prompts.
 
-    rows: title -> (P, 3, H, W) in [0, 1], in the order of the P prompts.
+    rows: title -> (P, 3, H, W) in [0, 1] or P files, in the order of the P prompts.
     """
     bands, across = -(-len(prompts) // across), min(across, len(prompts))
     figure, axes = plt.subplots(
@@ -48,12 +112,10 @@ def grid(rows: dict[str, Tensor], prompts: list[str], path: Path, across: int = 
         for below, (title, images) in enumerate(rows.items()):
             axis = axes[band * len(rows) + below][column]
             axis.set_axis_on()
-            axis.imshow(images[n].permute(1, 2, 0).clamp(0, 1).cpu().numpy(), interpolation="nearest")
+            axis.imshow(pixels(images[n]), interpolation="nearest")
             axis.set(xticks=[], yticks=[])
             if below == 0:
-                shortened = textwrap.fill(textwrap.shorten(prompt, 100), 24)
-                axis.set_title(shortened.replace("$", r"\$"), fontsize=7)
+                axis.set_title(wrapped(prompt, 24), fontsize=7)
             if column == 0:
                 axis.set_ylabel(title, fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    finish(figure, path, 110)

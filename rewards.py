@@ -110,13 +110,8 @@ def checked(name: str, reward: Reward) -> Reward:
     return checked_reward
 
 
-def load_rewards(
-    specs: list[str], weights: list[str] = (), device: torch.device = CPU, dtype: torch.dtype = torch.float32
-) -> Reward:
-    """The weighted sum of rewards given as `name` or `name=weight`; ValueError for an unknown name or a weight that is none.
-
-    The other arguments are load_reward's.
-    """
+def parse_weighted(specs: list[str]) -> list[tuple[str, float]]:
+    """(name, weight) of rewards given as `name` or `name=weight`; ValueError for a weight that is none."""
     weighted = []
     for spec in specs:
         name, _, weight = spec.rpartition("=") if "=" in spec else (spec, "", "1")
@@ -126,7 +121,18 @@ def load_rewards(
             value = math.nan
         if not math.isfinite(value):
             raise ValueError(f"reward {spec!r}: the weight {weight!r} is not a number (write name=weight)")
-        weighted.append((value, load_reward(name, weights, device, dtype)))
+        weighted.append((name, value))
+    return weighted
+
+
+def load_rewards(
+    specs: list[str], weights: list[str] = (), device: torch.device = CPU, dtype: torch.dtype = torch.float32
+) -> Reward:
+    """The weighted sum of rewards given as `name` or `name=weight`; ValueError for an unknown name or a weight that is none.
+
+    The other arguments are load_reward's.
+    """
+    weighted = [(weight, load_reward(name, weights, device, dtype)) for name, weight in parse_weighted(specs)]
     if not weighted:
         raise ValueError(f"no reward given: {known_rewards()}")
     return lambda images, prompts: sum(weight * reward(images, prompts) for weight, reward in weighted)

@@ -1,4 +1,4 @@
-"""What is trained, what stays the reference, and how both are held in memory.
+"""What is trained, what stays the reference, how both are held in memory, and how a result is saved and opened.
 
 Full finetuning trains every weight of the UNet beside a frozen copy of it, pi_ref. With --lora_rank the weights stay and low-rank
 adapters of the attention layers are trained; pi_ref is then the same UNet with the adapters off, and there is no second one.
@@ -15,8 +15,9 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
+import checkpoint
 from config import Config
-from pipeline import save_pipeline
+from pipeline import load_pipeline, save_pipeline
 from sampler import Policy
 
 Reference = Callable[[Policy], AbstractContextManager[Policy]]
@@ -34,8 +35,7 @@ def make_trainable(pipe: DiffusionPipeline, config: Config) -> Reference:
     frozen = None
     if config.lora_rank:
         torch.manual_seed(config.seed)  # of the adapters' first layer; the second starts at zero, so theta starts at ref
-        layers = ["to_q", "to_k", "to_v", "to_out.0"]
-        unet.add_adapter(LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank, target_modules=layers))
+        add_adapters(pipe, config.lora_rank)
     else:
         frozen = copy.deepcopy(unet)
         unet.requires_grad_(True)
@@ -64,6 +64,10 @@ def make_trainable(pipe: DiffusionPipeline, config: Config) -> Reference:
     return reference
 
 
+def add_adapters(pipe: DiffusionPipeline, rank: int) -> None:
+    pipe.unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+
+
 def trained_parameters(pipe: DiffusionPipeline) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in pipe.unet.named_parameters() if parameter.requires_grad}
 
@@ -75,3 +79,31 @@ def save_result(pipe: DiffusionPipeline, scheduler: DDIMScheduler, run: Path) ->
         pipe.unet.fuse_lora()
         pipe.unet.unload_lora()
     save_pipeline(pipe, scheduler, run / "pipeline")
+
+
+def open_model(name: str, base: str, device: torch.device) -> DiffusionPipeline:
+    """The pipeline of a run folder, of a checkpoint of a run, of adapters (on `base`), of a pipeline folder, or of a hub id.
+
+    ValueError if it is none of these, or is damaged.
+    """
+    folder = Path(name)
+    if (folder / "metrics.jsonl").exists():  # a run: its result, or as far as it is
+        folder = folder / "pipeline" if (folder / "pipeline").exists() else checkpoint.read_state(folder)["folder"]
+    if (folder / "state.json").exists():
+        settings = checkpoint.read_folder(folder)["config"]
+        pipe = load_pipeline(settings["model"], device)
+        if settings["lora_rank"]:
+            add_adapters(pipe, settings["lora_rank"])
+        else:
+            pipe.unet.requires_grad_(True)
+        checkpoint.load_weights(folder, trained_parameters(pipe))
+        pipe.unet.requires_grad_(False)
+        return pipe
+    if (folder / "pytorch_lora_weights.safetensors").exists():
+        pipe = load_pipeline(base, device)
+        try:
+            pipe.load_lora_weights(folder)
+        except Exception as error:  # the libraries raise many kinds
+            raise ValueError(f"cannot load adapters from {folder} onto {base}: {str(error).splitlines()[0]}") from error
+        return pipe
+    return load_pipeline(str(folder) if folder.exists() else name, device)
