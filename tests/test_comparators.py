@@ -1,0 +1,298 @@
+"""DDPO, DPOK and D3PO: the identities of their papers, on tables small enough to check by hand or by quadrature."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import SD_V1_4_SCHEDULER
+from torch.distributions import Normal, kl_divergence
+
+from d3po_loss import d3po_loss, preferences
+from ddpo_loss import PromptStatistics, batch_advantages, importance_sampling_loss, score_function_loss
+from dpok_loss import Critic, dpok_loss, gaussian_kl
+from sampler import ddim_gaussian, ddim_scheduler
+
+
+def table(*shape, seed=0, scale=1.0) -> torch.Tensor:
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def gradient(loss, by: torch.Tensor) -> torch.Tensor:
+    (grad,) = torch.autograd.grad(loss, by)
+    return grad
+
+
+def hermite(points: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
+    """Nodes and weights with sum_i w_i f(z_i) = E[f(z)], z ~ N(0, 1)."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(points)
+    return torch.tensor(nodes), torch.tensor(weights / math.sqrt(2 * math.pi))
+
+
+# ------------------------------------------------------------------------------------------------------------- DDPO
+
+
+def test_ddpo_on_policy_importance_sampling_is_the_score_function():
+    log_probs, advantages = table(3, 4, 5).requires_grad_(), table(3, 4, seed=1)
+    by_is = gradient(importance_sampling_loss(log_probs, log_probs.detach(), advantages, 1e-4), log_probs)
+    by_sf = gradient(score_function_loss(log_probs, advantages), log_probs)
+    torch.testing.assert_close(by_is, by_sf)
+
+
+@pytest.mark.parametrize("baseline", [0.0, 1.7])
+def test_ddpo_score_function_is_the_gradient_of_the_expected_reward(baseline):
+    """Two steps over three states, all nine trajectories: E[(R - b) grad log p] is grad J for any b."""
+    logits, reward = table(2, 3, 3).requires_grad_(), table(9, seed=1)
+    paths = torch.cartesian_prod(torch.arange(3), torch.arange(3))
+    log_p = logits.log_softmax(-1)
+    log_probs = torch.stack([log_p[0, 0, paths[:, 0]], log_p[1, paths[:, 0], paths[:, 1]]], 1)  # (9, 2), start in state 0
+    p = log_probs.sum(1).exp()
+    expected = gradient((p * reward).sum(), logits)
+    log_probs = logits.log_softmax(-1)
+    log_probs = torch.stack([log_probs[0, 0, paths[:, 0]], log_probs[1, paths[:, 0], paths[:, 1]]], 1)
+    advantages = (p.detach() * (reward - baseline)).view(1, 9)
+    by_loss = gradient(score_function_loss(log_probs.view(1, 9, 2), advantages) * 18, logits)  # its mean over 9 x 2
+    torch.testing.assert_close(by_loss, -expected)
+
+
+@pytest.mark.parametrize("shift", [0.0, 5.0])
+def test_ddpo_gaussian_gradient(shift):
+    """x ~ N(theta, 1), r = -(x - m)^2 + shift: grad E[r] = -2 (theta - m)."""
+    theta, m = torch.tensor(0.3, dtype=torch.float64, requires_grad=True), 1.1
+    z, w = hermite()
+    x = theta.detach() + z
+    log_probs = Normal(theta, 1.0).log_prob(x).view(1, -1, 1)
+    advantages = (w * (-((x - m) ** 2) + shift)).view(1, -1)
+    assert gradient(score_function_loss(log_probs, advantages) * len(z), theta).item() == pytest.approx(-1.6)
+
+
+def test_ddpo_ratio_of_sums_is_unbiased_and_of_means_is_not():
+    """D = 4, r = sum of x, theta_old = .3, theta = .5: E_old[rho r] is 2 with sums (J(theta) exactly), 1.358 with means."""
+    z, w = hermite(12)
+    grid = torch.cartesian_prod(z, z, z, z)
+    weight = torch.cartesian_prod(w, w, w, w).prod(1)
+    x = 0.3 + 0.7 * grid
+    new, old = (Normal(torch.tensor(t, dtype=torch.float64), 0.7).log_prob(x) for t in (0.5, 0.3))
+    advantages = (weight * x.sum(1) * len(x)).view(1, -1)
+    for reduction, expected in (("sum", 2.0), ("mean", 1.358)):
+        a, b = (getattr(lp, reduction)(1).view(1, -1, 1) for lp in (new, old))
+        assert -importance_sampling_loss(a, b, advantages, 1e9).item() == pytest.approx(expected, abs=1e-3)
+
+
+def test_ddpo_mean_log_probs_divide_the_gradient_by_their_number():
+    x, theta = table(1, 6, 1, 8), torch.zeros(8, dtype=torch.float64, requires_grad=True)
+    advantages = table(1, 6, seed=2)
+
+    def grad(reduction):
+        log_probs = getattr(Normal(theta, 1.0).log_prob(x), reduction)(-1)
+        return gradient(importance_sampling_loss(log_probs, log_probs.detach(), advantages, 0.1), theta)
+
+    torch.testing.assert_close(grad("sum"), 8 * grad("mean"))
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_ddpo_clip_sides(advantage):
+    """Beyond the range in the wanted direction nothing more is gained; on the other side the gradient pulls back."""
+    for moved in (0.2, -0.2):
+        log_probs = torch.full((1, 1, 1), moved, requires_grad=True)
+        loss = importance_sampling_loss(log_probs, torch.zeros(1, 1, 1), torch.full((1, 1), advantage), 0.1)
+        wanted = moved * advantage > 0
+        assert (gradient(loss, log_probs) == 0) == wanted
+
+
+def test_ddpo_prompt_statistics_by_hand():
+    statistics = PromptStatistics(size=4, min_count=3)
+    first = torch.tensor([[1.0, 3.0], [10.0, 20.0]])
+    by_batch = (first - 8.5) / (first.std(correction=0) + 1e-6)  # two rewards each are too few
+    torch.testing.assert_close(statistics.advantages(["a", "b"], first, 10), by_batch)
+    second = torch.tensor([[5.0, 7.0]])  # a now has 1 3 5 7, its current rewards included
+    known = torch.tensor([1.0, 3.0, 5.0, 7.0])
+    torch.testing.assert_close(statistics.advantages(["a"], second, 10), (second - 4) / (known.std(correction=0) + 1e-6))
+    statistics.advantages(["a"], torch.tensor([[9.0, 11.0]]), 10)
+    assert statistics.remembered == {"a": [5.0, 7.0, 9.0, 11.0], "b": [10.0, 20.0]}  # the oldest have gone
+    assert statistics.advantages(["a"], torch.tensor([[1000.0, 1000.0]]), 0.5).max() == 0.5
+    long = "x" * 500
+    assert PromptStatistics(4, 2).advantages([long + "1", long + "2"], first, 10)[0].tolist() == pytest.approx([-1, 1], abs=1e-5)
+
+
+def test_ddpo_batch_statistics():
+    rewards = table(3, 4)
+    normalised = batch_advantages(rewards, 10)
+    assert normalised.mean().abs() < 1e-12 and normalised.std(correction=0) == pytest.approx(1, abs=1e-6)
+    assert batch_advantages(torch.full((2, 2), 3.0), 10).abs().max() == 0
+    assert batch_advantages(rewards, 0.5).abs().max() == 0.5
+
+
+# ------------------------------------------------------------------------------------------------------------- DPOK
+
+
+def test_dpok_kl_is_torchs_and_the_noise_form():
+    scheduler = ddim_scheduler(SD_V1_4_SCHEDULER, 50, 1.0)
+    x_t, noise, noise_ref = table(2, 4, 8, 8), table(2, 4, 8, 8, seed=1), table(2, 4, 8, 8, seed=2)
+    for t in scheduler.timesteps[[0, 20, 48]]:
+        steps = t.expand(2)
+        (mu, sigma), (mu_ref, _) = (ddim_gaussian(scheduler, output, x_t, steps, 1.0) for output in (noise, noise_ref))
+        kl = gaussian_kl(mu, mu_ref, sigma).flatten(1).sum(1)
+        torch.testing.assert_close(kl, kl_divergence(Normal(mu, sigma), Normal(mu_ref, sigma)).flatten(1).sum(1))
+        a_t, a_prev = scheduler.alphas_cumprod[t].double(), scheduler.alphas_cumprod[t - 20].double()
+        weight = (1 - a_t / a_prev) / (2 * (a_t / a_prev) * (1 - a_prev))  # beta_t / (2 alpha_t (1 - abar_prev)), eta = 1
+        torch.testing.assert_close(kl, weight * ((noise - noise_ref) ** 2).flatten(1).sum(1), rtol=1e-4, atol=0)
+
+
+def test_dpok_image_kl_is_bounded_by_the_sum_over_steps():
+    """x_{t-1} = x_t + delta_t + sigma_t z against delta = 0: the pictures differ by .1091 nats, the steps by 2.1939."""
+    delta, sigma = torch.tensor([0.3, -0.1, 0.4], dtype=torch.float64), torch.tensor([0.5, 0.6, 0.2], dtype=torch.float64)
+    steps = gaussian_kl(delta, torch.zeros(3), sigma).sum()
+    pictures = gaussian_kl(delta.sum(), torch.tensor(0.0), (1 + (sigma**2).sum()).sqrt())
+    assert steps.item() == pytest.approx(2.1939, abs=1e-4) and pictures.item() == pytest.approx(0.1091, abs=1e-4)
+
+
+def test_dpok_stationary_point():
+    """One step, r = g x: reward and divergence balance at an offset of alpha / beta sigma^2 g from the pretrained mean."""
+    alpha, beta, sigma, g = 2.0, 0.5, 0.7, 1.3
+    z, w = hermite()
+    for factor, still in ((1.0, True), (0.5, False), (1.5, False)):
+        shift = torch.tensor(factor * alpha / beta * sigma**2 * g, dtype=torch.float64, requires_grad=True)
+        x = shift.detach() + sigma * z
+        log_probs = Normal(shift, sigma).log_prob(x).view(1, -1, 1)
+        rewards = (w * g * x * len(z)).view(1, -1)
+        kl = gaussian_kl(shift, torch.zeros_like(shift), torch.full_like(shift, sigma)).view(1, 1, 1)
+        loss = dpok_loss(log_probs, log_probs.detach(), kl, rewards, 0.0, reward_weight=alpha, kl_weight=beta, clip_range=0.1)
+        assert (abs(gradient(loss, shift).item()) < 1e-9) == still
+
+
+def test_dpok_leaves_out_the_gradient_through_earlier_actions():
+    """x_{t-1} = theta x_t + sigma z twice from N(0, 1): 1.6667 of the full KL's 1.8667."""
+    theta = torch.tensor(0.8, dtype=torch.float64, requires_grad=True)
+    sigma = torch.tensor(0.6, dtype=torch.float64)
+    z, w = hermite()
+    x_T, noise = torch.cartesian_prod(z, z).unbind(1)
+    weight = torch.cartesian_prod(w, w).prod(1)
+
+    def kl(detached: bool):
+        middle = theta * x_T + sigma * noise
+        middle = middle.detach() if detached else middle
+        return sum((weight * gaussian_kl(theta * x, 0.5 * x, sigma)).sum() for x in (x_T, middle))
+
+    assert gradient(kl(detached=True), theta).item() == pytest.approx(5 / 3)
+    assert gradient(kl(detached=False), theta).item() == pytest.approx(5 / 3 + 0.2)
+
+
+def test_dpok_a_baseline_of_the_state_changes_nothing_in_the_mean():
+    z, w = hermite()
+    x_t = 0.4
+    theta = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+    for value in (0.0, 3.0, -7.0):
+        log_probs = Normal(theta * x_t, 0.5).log_prob(theta.detach() * x_t + 0.5 * z).view(1, -1, 1)
+        loss = dpok_loss(log_probs, log_probs.detach(), torch.zeros(1), torch.zeros(1, len(z)), value * w.view(1, -1, 1),
+                         reward_weight=1.0, kl_weight=0.0, clip_range=0.1)  # fmt: skip
+        assert gradient(loss, theta).item() == pytest.approx(0, abs=1e-12)
+
+
+def test_dpok_at_the_pretrained_model_and_without_kl():
+    mu, sigma = table(2, 3).requires_grad_(), torch.tensor(0.5)
+    kl = gaussian_kl(mu, mu.detach(), sigma)
+    assert kl.abs().max() == 0 and gradient(kl.sum(), mu).abs().max() == 0
+    log_probs, rewards = table(3, 4, 5).requires_grad_(), table(3, 4, seed=1)
+    loss = dpok_loss(
+        log_probs, log_probs.detach(), torch.zeros(1), rewards, 0.0, reward_weight=2.0, kl_weight=0.0, clip_range=0.1
+    )
+    expected = 2.0 * gradient(score_function_loss(log_probs, rewards), log_probs)
+    torch.testing.assert_close(gradient(loss, log_probs), expected)
+
+
+def test_dpok_clamp_stops_both_directions():
+    for moved in (0.2, -0.2):
+        log_probs = torch.full((1, 1, 1), moved, requires_grad=True)
+        loss = dpok_loss(log_probs, torch.zeros(1, 1, 1), torch.zeros(1), torch.ones(1, 1), 0.0,
+                         reward_weight=1.0, kl_weight=0.0, clip_range=0.1)  # fmt: skip
+        assert gradient(loss, log_probs) == 0
+
+
+def test_dpok_critic_learns_the_expected_reward():
+    """Reward = text + step, with noise: squared error is smallest at the conditional mean."""
+    torch.manual_seed(0)
+    critic = Critic(4 + 1, steps=3)
+    optimizer = torch.optim.Adam(critic.parameters(), 3e-3)
+    for _ in range(400):
+        x_t, text, step = torch.randn(256, 1, 2, 2), torch.randn(256, 1), torch.randint(3, (256,))
+        reward = text[:, 0] + step + 0.5 * torch.randn(256)
+        optimizer.zero_grad()
+        ((critic(x_t, text, step) - reward) ** 2).mean().backward()
+        optimizer.step()
+    x_t, text, step = torch.zeros(7, 1, 2, 2), torch.linspace(-1, 1, 7).view(-1, 1), torch.arange(7) % 3
+    assert (critic(x_t, text, step) - text[:, 0] - step).abs().max() < 0.3
+
+
+# ------------------------------------------------------------------------------------------------------------- D3PO
+
+
+def test_d3po_at_the_reference():
+    log_probs, rewards = table(3, 2, 5).requires_grad_(), torch.tensor([[1.0, 0.0], [0.0, 1.0], [3.0, 2.0]])
+    loss = d3po_loss(log_probs, log_probs.detach(), rewards, kl_weight=0.1)
+    assert loss.item() == pytest.approx(math.log(2))
+    sign = torch.tensor([[1.0, -1.0], [-1.0, 1.0], [1.0, -1.0]]).unsqueeze(-1)
+    torch.testing.assert_close(gradient(loss, log_probs), (-0.1 / 2 / 15 * sign).expand(3, 2, 5).double())
+
+
+def test_d3po_ties_say_nothing():
+    log_probs = table(2, 4, 3).requires_grad_()
+    loss = d3po_loss(log_probs, table(2, 4, 3, seed=1), torch.ones(2, 4), kl_weight=0.1)
+    assert loss.item() == pytest.approx(math.log(2)) and gradient(loss, log_probs).abs().max() == 0
+    assert preferences(torch.tensor([[1.0, 1.0, 2.0, 3.0]])).tolist() == [[[0, 0], [-1, 1]]]
+
+
+def test_d3po_antisymmetry():
+    log_probs, ref, rewards = table(1, 2, 1), table(1, 2, 1, seed=1), torch.tensor([[1.0, 0.0]])
+    loss = d3po_loss(log_probs, ref, rewards, kl_weight=0.7)
+    u = 0.7 * ((log_probs - ref)[0, 0] - (log_probs - ref)[0, 1])
+    assert (loss - d3po_loss(log_probs, ref, rewards.flip(1), kl_weight=0.7)).item() == pytest.approx(-u.item())
+    torch.testing.assert_close(d3po_loss(log_probs.flip(1), ref.flip(1), rewards.flip(1), kl_weight=0.7), loss)
+
+
+def test_d3po_log_ratio_of_gaussians():
+    action, mu, mu_ref, sigma = table(4), table(4, seed=1), table(4, seed=2), 0.6
+    delta = (Normal(mu, sigma).log_prob(action) - Normal(mu_ref, sigma).log_prob(action)).sum()
+    expected = ((mu - mu_ref) * (action - mu_ref)).sum() / sigma**2 - ((mu - mu_ref) ** 2).sum() / (2 * sigma**2)
+    torch.testing.assert_close(delta, expected)
+
+
+def test_d3po_with_soft_labels_finds_the_tilted_reference():
+    """Five actions, every pair weighted by sigmoid(r_a - r_b) as by noisy judges: the minimiser is pi_ref e^(r/beta)/Z."""
+    beta, reward, ref = 0.5, table(5), table(5, seed=1).log_softmax(0)
+    logits = torch.zeros(5, dtype=torch.float64, requires_grad=True)
+    pairs = torch.cartesian_prod(torch.arange(5), torch.arange(5))
+    pairs = pairs[pairs[:, 0] != pairs[:, 1]]
+    weight = torch.sigmoid(reward[pairs[:, 0]] - reward[pairs[:, 1]])
+    optimizer = torch.optim.LBFGS(
+        [logits], max_iter=200, tolerance_grad=1e-12, tolerance_change=1e-14, line_search_fn="strong_wolfe"
+    )
+
+    def loss():
+        optimizer.zero_grad()
+        log_probs = logits.log_softmax(0)[pairs].view(-1, 2, 1)
+        won = torch.tensor([[1.0, 0.0]])
+        total = sum(
+            w * d3po_loss(row[None], ref[pair].view(1, 2, 1), won, kl_weight=beta)
+            for w, row, pair in zip(weight, log_probs, pairs, strict=True)
+        )
+        total.backward()
+        return total
+
+    optimizer.step(loss)
+    torch.testing.assert_close(logits.log_softmax(0), (ref + reward / beta).log_softmax(0), atol=1e-5, rtol=0)
+
+
+def test_d3po_clamp_floor():
+    far = torch.tensor([[[5.0], [-5.0]]], requires_grad=True)
+    loss = d3po_loss(far, torch.zeros(1, 2, 1), torch.tensor([[1.0, 0.0]]), kl_weight=0.1, clip_range=0.1)
+    assert loss.item() == pytest.approx(0.683164, abs=1e-6) and gradient(loss, far).abs().max() == 0
+
+
+def test_d3po_sees_only_the_order_of_rewards():
+    log_probs, ref, rewards = table(4, 6, 3), table(4, 6, 3, seed=1), table(4, 6, seed=2)
+    torch.testing.assert_close(
+        d3po_loss(log_probs, ref, rewards, kl_weight=0.3), d3po_loss(log_probs, ref, rewards.exp(), kl_weight=0.3), atol=0, rtol=0
+    )
+    with pytest.raises(ValueError, match="must be even"):
+        preferences(torch.ones(2, 3))
