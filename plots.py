@@ -46,15 +46,15 @@ def training_curves(runs: dict[str, list[dict]], path: Path) -> None:
 
 
 def reward_over_epochs(rows: list[dict], path: Path) -> None:
-    """Mean and standard error against the epoch of a checkpoint (Fig. 7): a panel for every reward, a line for every set.
+    """Mean and standard error against the epoch of a checkpoint (Fig. 7): a panel for every reward.
 
-    rows: of scores.summarise, with an epoch.
+    rows: of scores.summarise, with an epoch and the name of the line they are on.
     """
-    rewards, sets = (list(dict.fromkeys(row[key] for row in rows)) for key in ("reward", "prompts"))
+    rewards, names = (list(dict.fromkeys(row[key] for row in rows)) for key in ("reward", "line"))
     figure, panels = plt.subplots(1, len(rewards), figsize=(4.6 * len(rewards), 3.4), squeeze=False, layout="constrained")
     for reward, axes in zip(rewards, panels[0], strict=True):
-        for name in sets:
-            line = sorted((r for r in rows if r["reward"] == reward and r["prompts"] == name), key=lambda r: r["epoch"])
+        for name in names:
+            line = sorted((r for r in rows if r["reward"] == reward and r["line"] == name), key=lambda r: r["epoch"])
             epoch, mean, error = zip(*((r["epoch"], r["mean"], r["standard_error"]) for r in line), strict=True)
             axes.errorbar(epoch, mean, [e or 0 for e in error], marker="o", markersize=3, capsize=2, label=name)
         axes.set(xlabel="epoch", ylabel=reward)

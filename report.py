@@ -18,6 +18,7 @@ from PIL import Image
 import plots
 from provenance import provenance
 from record import read_metrics
+from rewards import parse_weighted
 from scores import Model, Results, gain_text, markdown_table, mean_text, summarise
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -46,7 +47,7 @@ def chosen(gains: list[float], number: int) -> dict[int, str]:
 
 def write(config, results: Results, models: list[Model], sets: dict[str, list[str]], argv: list[str]) -> None:
     """table.md, results.json, the figures and the page, from what is on disk."""
-    output, rows = results.output, summarise(results, models, sets, config.rewards)
+    output, rows = results.output, summarise(results, models, sets, columns(config, models))
     source = provenance("evaluate.py", argv)
     (output / "results.json").write_text(json.dumps(source | {"config": dataclasses.asdict(config), "results": rows}, indent=1))
     (output / "table.md").write_text(markdown_table(rows))
@@ -60,8 +61,13 @@ def write(config, results: Results, models: list[Model], sets: dict[str, list[st
         plots.training_curves({Path(run).name: read_metrics(Path(run)) for run in config.run}, output / "training.png")
     if kept:
         figures["Reward against epoch, the same prompts and noise"] = output / "epochs.png"
-        over_epochs = [row | {"epoch": row["epoch"] or 0} for row in rows if row["model"] in {base, *(m.name for m in kept)}]
-        plots.reward_over_epochs(over_epochs, output / "epochs.png")
+        lines = [  # every run's begins at the base
+            row | {"epoch": row["epoch"] or 0, "line": row["prompts"] if len(config.run) == 1 else f"{run}, {row['prompts']}"}
+            for run in dict.fromkeys(model.name.rpartition("@")[0] for model in kept)
+            for row in rows
+            if row["model"] == base or (row["epoch"] is not None and row["model"].rpartition("@")[0] == run)
+        ]
+        plots.reward_over_epochs(lines, output / "epochs.png")
     for set_name, prompts in sets.items():
 
         def pictures(model: str, numbers, set_name=set_name) -> list[Path]:
@@ -72,8 +78,8 @@ def write(config, results: Results, models: list[Model], sets: dict[str, list[st
         plots.grid(grid, prompts[:45], output / f"pictures-{file}.png", across=9)
         if kept:
             figures[f"The same noise through training, {set_name}"] = output / f"strips-{file}.png"
-            columns = {"base": pictures(base, first[:5])} | {model.name: pictures(model.name, first[:5]) for model in kept}
-            plots.strips(columns, prompts[:5], output / f"strips-{file}.png")
+            strips = {"base": pictures(base, first[:5])} | {model.name: pictures(model.name, first[:5]) for model in kept}
+            plots.strips(strips, prompts[:5], output / f"strips-{file}.png")
         gains = [after - before for after, before in zip(per_prompt[last, set_name], per_prompt[base, set_name], strict=True)]
         lines = {model.name: results.read(model.name, set_name, prompts) for model in shown}
         for n, kind in chosen(gains, config.pictures).items():
@@ -83,10 +89,9 @@ def write(config, results: Results, models: list[Model], sets: dict[str, list[st
                 for model in lines
             ]  # fmt: skip
             cards.append({"set": set_name, "kind": kind, "prompt": prompts[n], "pictures": pairs})
-    of = {name: [row for row in rows if row["reward"] == name] for name in config.rewards}
+    of = {name: [row for row in rows if row["reward"] == name] for name in dict.fromkeys(row["reward"] for row in rows)}
     tables = [
-        report_table(of[name], name, lambda row: (mean_text(row), gain_text(row) if row["model"] != base else ""))
-        for name in config.rewards
+        report_table(of[name], name, lambda row: (mean_text(row), gain_text(row) if row["model"] != base else "")) for name in of
     ]
     tables.append(report_table(of[reward], "diversity within a prompt", lambda row: (f"{row['diversity']:.4f}", "")))
     compared = [row for row in of[reward] if row["prediction_slope"] is not None]
@@ -106,6 +111,13 @@ def write(config, results: Results, models: list[Model], sets: dict[str, list[st
     unfinished = output / "report.html.unfinished"
     unfinished.write_text(page, encoding="utf-8")
     unfinished.replace(output / "report.html")
+
+
+def columns(config, models: list[Model]) -> dict[str, dict[str, float]]:
+    """{title: {reward: weight}} of every reward, and of the sum that the first run was trained on, if it was one."""
+    trained = next((parse_weighted(model.run["reward"]) for model in models if model.run), [])
+    total = {"training reward": dict(trained)} if len(trained) > 1 and all(name in config.rewards for name, _ in trained) else {}
+    return {name: {name: 1.0} for name in config.rewards} | total
 
 
 def report_table(rows: list[dict], title: str, text: Callable[[dict], tuple[str, str]]) -> dict:

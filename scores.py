@@ -96,8 +96,13 @@ def mean_and_error(values: torch.Tensor) -> tuple[float, float | None]:
     return values.mean().item(), (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else None
 
 
-def summarise(results: Results, models: list[Model], sets: dict[str, list[str]], rewards: list[str]) -> list[dict]:
-    """One entry per set, reward and model: mean and standard error over prompts, and the same of what differs from the base."""
+def summarise(
+    results: Results, models: list[Model], sets: dict[str, list[str]], rewards: dict[str, dict[str, float]]
+) -> list[dict]:
+    """One entry per set, reward and model: mean and standard error over prompts, and the same of what differs from the base.
+
+    rewards: title -> {name: weight}, of a single reward {name: 1}.
+    """
     rows = []
     for set_name in sets:
         base: dict[str, torch.Tensor] = {}
@@ -106,10 +111,11 @@ def summarise(results: Results, models: list[Model], sets: dict[str, list[str]],
             lines = [done[n] for n in range(len(sets[set_name]))]
             file = results.prediction(model.name, set_name)
             predicted = json.loads(file.read_text()) if file.exists() else {}
-            for reward in rewards:
-                per_prompt = torch.tensor(
-                    [math.fsum(line["scores"][reward]) / len(line["scores"][reward]) for line in lines]
-                ).double()
+            for reward, parts in rewards.items():
+                weighted = [
+                    w * torch.tensor([line["scores"][p] for line in lines], dtype=torch.float64) for p, w in parts.items()
+                ]
+                per_prompt = torch.stack(weighted).sum(0).mean(1)
                 mean, error = mean_and_error(per_prompt)
                 gains = per_prompt - base.setdefault(reward, per_prompt)
                 gain, gain_error = mean_and_error(gains)

@@ -201,6 +201,13 @@ def test_dpok_at_the_pretrained_model_and_without_kl():
     torch.testing.assert_close(gradient(loss, log_probs), expected)
 
 
+def test_dpok_loss_by_hand():
+    log_probs = torch.tensor([[[0.0, 0.05]]])
+    loss = dpok_loss(log_probs, torch.zeros(1, 1, 2), torch.tensor([[[0.3, 0.5]]]), torch.tensor([[3.0]]),
+                     torch.tensor([[[1.0, 2.0]]]), reward_weight=10.0, kl_weight=0.5, clip_range=0.1)  # fmt: skip
+    assert loss.item() == pytest.approx(-10 * (2 * 1 + 1 * math.exp(0.05)) / 2 + 0.5 * 0.4)
+
+
 def test_dpok_clamp_stops_both_directions():
     for moved in (0.2, -0.2):
         log_probs = torch.full((1, 1, 1), moved, requires_grad=True)

@@ -194,6 +194,24 @@ def test_run_supplies_what_is_not_given_and_its_checkpoints_are_models(runs, cap
         assert (run / "evaluation" / f"{name}.png").stat().st_size > 1000
 
 
+def test_several_runs_and_the_sum_they_were_trained_on(runs, two_models, tmp_path):
+    flags = [*TRAINING, "--model", f"{two_models}/base", "--epochs", "1", "--reward", "toy-colourfulness=2", "toy-alignment=-0.5"]
+    train.main([*flags, "--output_dir", str(tmp_path / "sum")])
+    out = tmp_path / "out"
+    evaluate.main(["--run", str(tmp_path / "sum"), str(runs / "lora"), "--checkpoints", "--prompts", "toy-small:6",
+                   "--images_per_prompt", "2", "--output_dir", str(out)])  # fmt: skip
+    rows = rows_of(out)
+    assert {model for model, _, _ in rows} == {"base", "sum@1", "sum", "lora@1", "lora@2", "lora@3", "lora"}
+    total, colour, alignment = (rows["sum", "toy-small:6", r] for r in ("training reward", "toy-colourfulness", "toy-alignment"))
+    assert total["mean"] == pytest.approx(2 * colour["mean"] - 0.5 * alignment["mean"])
+    assert "| training reward | lora |" in (out / "table.md").read_text()
+    other = shutil.copytree(runs / "lora", tmp_path / "other")
+    settings = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(settings | {"model": "toy"}))
+    with pytest.raises(ValueError, match="start from different models"):
+        evaluate.parse(["--run", str(tmp_path / "sum"), str(other)])
+
+
 def test_kept_checkpoints_have_no_optimizer_but_the_newest(runs):
     folders = sorted((runs / "whole" / "checkpoints").iterdir())
     assert [f.name for f in folders] == ["epoch_000001", "epoch_000002", "epoch_000003"]

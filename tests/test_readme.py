@@ -58,15 +58,26 @@ def test_results_in_the_readme_are_the_committed_ones():
         result = json.loads((folder / "results.json").read_text())
         assert result["versions"]["torch"] and result["machine"]["cpu_cores"] and result["command"]
         scores = {(r["model"], r["prompts"], r["reward"]): r for r in result["results"]}
-        before, after = (scores[model, "toy-heldout", "toy-alignment"] for model in ("base", "tuned"))
-        for title, row in (("alignment (the reward) before", before), ("alignment after", after)):
-            assert rows[title][seed] == f"{row['mean']:.3f} ± {row['standard_error']:.3f}"
-        closed = (after["mean"] - before["mean"]) / (limits["autoencoder"] - before["mean"])
+        one, two = ("toy-heldout-one", "one object"), ("toy-heldout-two", "two objects")
+        for prompts, title in (one, two):
+            for model, when in (("base", "(the reward) before" if title == "one object" else "before"), ("tuned", "after")):
+                row = scores[model, prompts, "toy-alignment"]
+                assert rows[f"{title}, alignment {when}"][seed] == f"{row['mean']:.3f} ± {row['standard_error']:.3f}"
+        both = [[scores[model, prompts, "toy-alignment"] for prompts, _ in (one, two)] for model in ("base", "tuned")]
+        before, after = (sum(row["mean"] for row in rows_of) / 2 for rows_of in both)
+        closed = (after - before) / (limits["autoencoder"] - before)
         assert closed > 0.25
         title = f"of the distance to what the autoencoder can show ({limits['autoencoder']:.3f}) closed"
         assert rows[title][seed] == f"{100 * closed:.0f} %"
-        small = [scores[model, "toy-small", "toy-alignment"]["mean"] for model in ("base", "tuned")]
-        assert f"{small[0]:.3f} to {small[1]:.3f}" in README.replace("\n", " ")
+        won = ", ".join(f"{100 * row['win_rate']:.0f} %" for row in both[1])
+        assert rows["prompts won by the finetuned model, one and two objects"][seed] == won
+        for what, reward, key in (("colourfulness (never trained)", "toy-colourfulness", "mean"),
+                                  ("diversity within a prompt", "toy-alignment", "diversity")):  # fmt: skip
+            numbers = " → ".join(f"{scores[model, two[0], reward][key]:.3f}" for model in ("base", "tuned"))
+            assert rows[f"two objects, {what} before → after"][seed] == numbers
+        for reward in ("toy-alignment", "toy-colourfulness"):
+            small = [scores[model, "toy-small", reward]["mean"] for model in ("base", "tuned")]
+            assert f"{small[0]:.3f} to {small[1]:.3f}" in README.replace("\n", " ")
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         seconds = sum(sum(line["seconds"].values()) for line in lines[1:])
         assert rows["seconds of finetuning on 2 CPU cores, with evaluation"][seed] == f"{seconds:.0f}" and seconds < 240
