@@ -3,6 +3,7 @@
     checkpoints/epoch_000020/
         weights.safetensors      the trained parameters, by name
         optimizer.safetensors    the optimiser's tensors, as "parameter index.name"
+        method.pt                what a method remembers: DDPO's reward statistics, DPOK's critic; read with weights_only
         state.json               epochs completed and the configuration
 
 The newest is for resuming. Of older ones, those that --keep_every asks for stay, without the optimiser, for evaluate.py.
@@ -21,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 
 def save(
-    run: Path, epoch: int, config: dict, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
+    run: Path, epoch: int, config: dict, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, method: dict
 ) -> None:
     """Saves the state after `epoch` completed epochs under run/checkpoints and thins the older ones; OSError if it cannot."""
     folder = run / "checkpoints" / f"epoch_{epoch:06d}"
@@ -33,6 +34,7 @@ def save(
     save_tensors({name: parameter.detach() for name, parameter in parameters.items()}, unfinished / "weights.safetensors")
     state = optimizer.state_dict()["state"]
     save_tensors({f"{i}.{k}": v for i, entry in state.items() for k, v in entry.items()}, unfinished / "optimizer.safetensors")
+    torch.save(method, unfinished / "method.pt")
     (unfinished / "state.json").write_text(json.dumps({"epoch": epoch, "config": config}, indent=1))
     older = all_checkpoints(run)
     os.replace(unfinished, folder)
@@ -109,3 +111,12 @@ def load(run: Path, parameters: dict[str, torch.nn.Parameter], optimizer: torch.
         restored["state"].setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict(restored)
     return state["epoch"]
+
+
+def load_method(run: Path) -> dict:
+    """What the method remembered in the newest checkpoint; ValueError if it is damaged."""
+    file = all_checkpoints(run)[-1] / "method.pt"
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds
+        raise ValueError(f"damaged checkpoint {file.parent}: method.pt: {str(error).splitlines()[0]}") from error

@@ -24,6 +24,9 @@ def setting(default, help: str):
     return dataclasses.field(default=default, metadata={"help": help})
 
 
+METHODS = {"prdp": "methods.PRDP", "ddpo": "methods.DDPO", "dpok": "methods.DPOK", "d3po": "methods.D3PO"}
+
+
 @dataclass
 class Config:
     preset: str = setting("small-hpsv2", "Named settings to start from.")
@@ -39,7 +42,7 @@ class Config:
     eval_prompts: str = setting("animals", "Prompts scored and drawn at fixed seeds every --eval_every epochs; empty for none.")
     reward: list[str] = setting(["hpsv2"], "Reward r: names or module:function, each with an optional =weight, summed.")
     reward_weights: list[str] = setting([], "NAME=PATH of reward models on this machine; the others come from the hub.")
-    method: str = setting("prdp", "The loss.")
+    method: str = setting("prdp", "prdp, ddpo, dpok or d3po: the loss and the schedule of updates.")
     offline: bool = setting(False, "Draw all trajectories from pi_ref instead of pi_old: the ablation of Sec. 4.3.")
     lora_rank: int = setting(0, "NOT IN PAPER: adapters of this rank on the attention layers; 0 trains every weight.")
 
@@ -54,6 +57,17 @@ class Config:
     step_reduction: Literal["mean", "sum"] = setting("mean", "Log-ratios over steps: mean (Appendix G) or sum (Eq. 10).")
     shared_x_T: bool = setting(False, "The images of a prompt start from the same x_T. NOT IN PAPER: makes Eq. 9 exact.")
     seed: int = setting(0, "Of noise and prompt order.")
+
+    # Of one method only (methods.py)
+    reward_statistics: Literal["prompt", "batch"] = setting("prompt", "ddpo: what normalises a reward.")
+    statistics_size: int = setting(32, "ddpo: rewards remembered for every prompt.")
+    statistics_min_count: int = setting(16, "ddpo: a prompt with fewer is normalised by the batch.")
+    advantage_limit: float = setting(10.0, "ddpo: advantages are clamped to this.")
+    score_function: bool = setting(False, "ddpo: REINFORCE instead of importance sampling; needs --updates_per_epoch 1.")
+    reward_weight: float = setting(10.0, "dpok: alpha, of the reward term.")
+    steps_per_update: int = setting(32, "dpok: denoising steps in one update.")
+    kl_form: Literal["eps_mse", "exact"] = setting("eps_mse", "dpok: the divergence of its released code, or the exact one.")
+    critic: bool = setting(True, "dpok: subtract a learned value from the reward.")
 
     # Sampler
     num_steps: int = setting(50, "T, denoising steps.")
@@ -170,8 +184,10 @@ def parse(argv: list[str]) -> Config:
     return config
 
 
-def check(config: Config, methods, world_size: int) -> None:
+def check(config: Config, world_size: int) -> None:
     """ValueError naming the setting if the numbers cannot work together."""
+    if config.method not in METHODS:
+        raise ValueError(f"unknown method {config.method!r}: use {', '.join(METHODS)}")
     whole = ("epochs", "updates_per_epoch", "prompts_per_epoch", "num_steps", "eval_every", "save_every")
     for name in (*whole, "sample_batch_size", "log_prob_batch_size", "train_batch_size"):
         if getattr(config, name) < 1:
@@ -179,6 +195,10 @@ def check(config: Config, methods, world_size: int) -> None:
     for name in ("kl_weight", "clip_range", "learning_rate", "max_grad_norm"):
         if not 0 < getattr(config, name) < float("inf"):
             raise ValueError(f"{name} must be a positive number, not {getattr(config, name)}")
+    if config.score_function and config.updates_per_epoch > 1:
+        raise ValueError(f"score_function is for updates_per_epoch=1, not {config.updates_per_epoch}: it knows no theta_old")
+    if config.method == "d3po" and (config.images_per_prompt % 2 or not config.shared_x_T):
+        raise ValueError("d3po compares pairs from the same x_T: use --shared_x_T and an even --images_per_prompt")
     if config.images_per_prompt < 2:
         raise ValueError(f"images_per_prompt must be at least 2, not {config.images_per_prompt}: the loss needs pairs")
     if config.prompts_per_epoch % world_size:
@@ -188,8 +208,6 @@ def check(config: Config, methods, world_size: int) -> None:
             raise ValueError(f"{name} must be at least 0, not {getattr(config, name)}")
     if config.lora_rank and config.reference_on_cpu:
         raise ValueError("reference_on_cpu: with lora_rank there is no second UNet to keep anywhere")
-    if config.method not in methods:
-        raise ValueError(f"unknown method {config.method!r}: use {', '.join(methods)}")
 
 
 def describe(config: Config, world_size: int, policy: Policy, prompts: list[str], truncated: int, trained: dict) -> str:

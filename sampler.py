@@ -15,7 +15,7 @@ the factor D: 1e-4 on the mean is 1.64 nats for Stable Diffusion (D = 16384) and
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +24,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from dpok_loss import gaussian_kl
 from pipeline import Embeddings, decode_latents, encode_prompts
 
 REDUCTIONS = ("mean", "sum")
@@ -81,6 +82,18 @@ def ddim_scheduler(config, num_steps: int, eta: float) -> DDIMScheduler:
     return scheduler
 
 
+def noise_levels(scheduler: DDIMScheduler, t: Tensor, eta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """alpha_bar_t, alpha_bar_{t-1} and sigma_t of the steps from timesteps (M,), each (M, 1, 1, 1)."""
+    t_prev = t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+    alpha_bars = scheduler.alphas_cumprod.to(t.device)
+    alpha_bar_t = alpha_bars[t].to(dtype).view(-1, 1, 1, 1)
+    # The last step leads to final_alpha_cumprod: ask whether t_prev is negative before clamping it to an index.
+    alpha_bar_prev = torch.where(t_prev < 0, scheduler.final_alpha_cumprod.to(t.device), alpha_bars[t_prev.clamp(min=0)])
+    alpha_bar_prev = alpha_bar_prev.to(dtype).view(-1, 1, 1, 1)
+    sigma_t = eta * ((1 - alpha_bar_prev) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_prev)).sqrt()
+    return alpha_bar_t, alpha_bar_prev, sigma_t
+
+
 def ddim_gaussian(scheduler: DDIMScheduler, model_output: Tensor, x_t: Tensor, t: Tensor, eta: float) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of x_{t-1} given x_t (Eq. 2; Eq. 12 and 16 of DDIM, arXiv 2010.02502).
 
@@ -89,12 +102,7 @@ def ddim_gaussian(scheduler: DDIMScheduler, model_output: Tensor, x_t: Tensor, t
     """
     dtype = torch.promote_types(x_t.dtype, torch.float32)
     model_output, x_t = model_output.to(dtype), x_t.to(dtype)
-    t_prev = t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
-    alpha_bars = scheduler.alphas_cumprod.to(x_t.device)
-    alpha_bar_t = alpha_bars[t].to(dtype).view(-1, 1, 1, 1)
-    # The last step leads to final_alpha_cumprod: ask whether t_prev is negative before clamping it to an index.
-    alpha_bar_prev = torch.where(t_prev < 0, scheduler.final_alpha_cumprod.to(x_t.device), alpha_bars[t_prev.clamp(min=0)])
-    alpha_bar_prev = alpha_bar_prev.to(dtype).view(-1, 1, 1, 1)
+    alpha_bar_t, alpha_bar_prev, sigma_t = noise_levels(scheduler, t, eta, dtype)
 
     match scheduler.config.prediction_type:
         case "epsilon":
@@ -108,7 +116,6 @@ def ddim_gaussian(scheduler: DDIMScheduler, model_output: Tensor, x_t: Tensor, t
     if scheduler.config.clip_sample:
         x_0 = x_0.clamp(-scheduler.config.clip_sample_range, scheduler.config.clip_sample_range)
 
-    sigma_t = eta * ((1 - alpha_bar_prev) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_prev)).sqrt()
     mu = alpha_bar_prev.sqrt() * x_0 + (1 - alpha_bar_prev - sigma_t**2).clamp(min=0).sqrt() * epsilon
     return mu, sigma_t
 
@@ -192,8 +199,23 @@ def sample_trajectories(
         yield Trajectories(torch.stack(latents, 1), policy.scheduler.timesteps, torch.stack(log_probs, 1))
 
 
+def step_divergence(policy: Policy, reference, form: str, x_t: Tensor, t: Tensor, cond: Embeddings, mu: Tensor) -> Tensor:
+    """How far single steps are from the reference's, (M, C, H, W) -> (M,), with gradient through mu.
+
+    "exact": KL(pi_theta || pi_ref), its latent dimensions reduced as those of log-probs. "eps_mse": DPOK's released code, the
+    mean squared difference of the predicted noises, (mu - mu_ref) / k_t with k_t = d mu / d eps. reference(policy) lends pi_ref.
+    """
+    with torch.no_grad(), reference(policy) as pi_ref:
+        mu_ref, sigma = ddim_gaussian(policy.scheduler, guided_output(pi_ref, x_t, t, cond), x_t, t, policy.eta)
+    if form == "exact":
+        return getattr(gaussian_kl(mu, mu_ref, sigma).flatten(1).double(), policy.log_prob_reduction)(1)
+    alpha_bar_t, alpha_bar_prev, _ = noise_levels(policy.scheduler, t, policy.eta, mu.dtype)
+    k_t = (1 - alpha_bar_prev - sigma**2).clamp(min=0).sqrt() - (alpha_bar_prev * (1 - alpha_bar_t) / alpha_bar_t).sqrt()
+    return (((mu - mu_ref) / k_t) ** 2).flatten(1).double().mean(1)
+
+
 def _entries(policy: Policy, latents: Tensor, cond: Embeddings, entries: Tensor, batch_size: int):
-    """Yields (rows, columns, log-probs) for the (row, column) entries (K, 2) of the table, batch_size at a time."""
+    """Yields (rows, columns, x_t, x_prev, t, cond) for the (row, column) entries (K, 2) of the table, batch_size at a time."""
     steps = noisy_steps(policy.scheduler, policy.eta)
     device = policy.unet.device
     for start in range(0, len(entries), batch_size):
@@ -201,16 +223,20 @@ def _entries(policy: Policy, latents: Tensor, cond: Embeddings, entries: Tensor,
         i = steps[columns]
         x_t, x_prev = latents[rows, i].to(device), latents[rows, i + 1].to(device)
         t = policy.scheduler.timesteps[i].to(device)
-        c = {k: v[rows.to(v.device)] for k, v in cond.items()}
-        yield rows, columns, step_log_prob(policy, x_t, x_prev, t, c)
+        yield rows, columns, x_t, x_prev, t, {k: v[rows.to(v.device)] for k, v in cond.items()}
 
 
 @torch.no_grad()
-def log_prob_table(policy: Policy, latents: Tensor, cond: Embeddings, batch_size: int) -> Tensor:
-    """log pi_theta(x_{t-1} | x_t, c) of every stored step, without gradient: latents (M, T+1, ...) -> (M, S) on the CPU."""
+def log_prob_table(policy: Policy, latents: Tensor, cond: Embeddings, batch_size: int, entries: Tensor | None = None) -> Tensor:
+    """log pi_theta(x_{t-1} | x_t, c) of every stored step, without gradient: latents (M, T+1, ...) -> (M, S) on the CPU.
+
+    entries: (M, S) bool, those that are wanted; the others are zero.
+    """
     table = torch.zeros(len(latents), len(noisy_steps(policy.scheduler, policy.eta)), dtype=torch.float64)
-    for rows, columns, log_prob in _entries(policy, latents, cond, torch.ones_like(table).nonzero(), batch_size):
-        table[rows, columns] = log_prob.cpu()
+    wanted = (torch.ones_like(table) if entries is None else entries).nonzero()
+    for rows, columns, *step in _entries(policy, latents, cond, wanted, batch_size):
+        x_t, x_prev, t, c = step
+        table[rows, columns] = step_log_prob(policy, x_t, x_prev, t, c).cpu()
     return table
 
 
@@ -228,16 +254,26 @@ def rounding(policy: Policy, latents: Tensor, cond: Embeddings, batch_size: int)
     return deviation.abs().amax(0)
 
 
-def backward_through_table(policy: Policy, latents: Tensor, cond: Embeddings, table_grad: Tensor, batch_size: int) -> Tensor:
+def backward_through_table(
+    policy: Policy, latents: Tensor, cond: Embeddings, table_grad: Tensor, batch_size: int,
+    kl_grad: Tensor | None = None, divergence: Callable | None = None,
+) -> Tensor:  # fmt: skip
     """Adds sum_{m,t} (d loss / d log_prob_{m,t}) * (d log_prob_{m,t} / d theta) to the gradients of the UNet.
 
     A loss sees the network only through the (M, S) table, so by the chain rule this is its exact gradient, while only
     batch_size single steps are ever held in memory, whatever T and B. Entries with zero derivative (clipped) cost nothing.
+    The same for a loss with a (M, S) table of divergences: kl_grad is its derivative by it, divergence(x_t, t, cond, mu) -> (M,).
     Returns the recomputed log-probs (M, S), NaN where skipped: at unchanged weights they must equal the table's.
     """
     recomputed = torch.full_like(table_grad, math.nan)
-    for rows, columns, log_prob in _entries(policy, latents, cond, table_grad.nonzero(), batch_size):
-        (log_prob * table_grad[rows, columns].to(log_prob)).sum().backward()
+    used = table_grad != 0 if kl_grad is None else (table_grad != 0) | (kl_grad != 0)
+    for rows, columns, x_t, x_prev, t, c in _entries(policy, latents, cond, used.nonzero(), batch_size):
+        mu, sigma = ddim_gaussian(policy.scheduler, guided_output(policy, x_t, t, c), x_t, t, policy.eta)
+        log_prob = gaussian_log_prob(x_prev, mu, sigma, policy.log_prob_reduction)
+        total = (log_prob * table_grad[rows, columns].to(log_prob)).sum()
+        if kl_grad is not None:
+            total = total + (divergence(x_t, t, c, mu) * kl_grad[rows, columns].to(log_prob)).sum()
+        total.backward()
         recomputed[rows, columns] = log_prob.detach().cpu().to(recomputed.dtype)
     return recomputed
 

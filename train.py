@@ -13,7 +13,9 @@ import dataclasses
 import math
 import sys
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from pydoc import locate
 
 import torch
 from diffusers import DiffusionPipeline
@@ -22,11 +24,12 @@ from tqdm import tqdm
 import checkpoint
 import plots
 import processes
-from config import Config, check, describe, describe_rounding, parse
+from config import METHODS, Config, check, describe, describe_rounding, parse
+from methods import Epoch
 from pipeline import count_truncated, decode_latents, encode_prompts, load_pipeline
 from processes import RANK, WORLD_SIZE, say, together, uninterrupted
 from prompts import draw_prompts, load_prompts
-from rdp_loss import log_ratio, prdp_loss, prediction_quality
+from rdp_loss import log_ratio, prediction_quality
 from record import Stopwatch, prepare_folder, read_metrics, start_log, write_metrics
 from rewards import Reward, RewardError, load_rewards
 from sampler import (
@@ -38,24 +41,16 @@ from sampler import (
     rounding,
     sample_images,
     sample_trajectories,
+    step_divergence,
 )  # fmt: skip
 from trainable import Reference, make_trainable, save_result, trained_parameters
-
-# The loop knows a method only as a function of the (N, B, S) tables of log-probs under theta, theta_old and the reference,
-# and of the (N, B) rewards. A method is one more file and one more line here.
-METHODS = {
-    "prdp": lambda config: lambda log_probs, log_probs_old, log_probs_ref, rewards: prdp_loss(
-        log_probs, log_probs_old, log_probs_ref, rewards,
-        kl_weight=config.kl_weight, clip_range=config.clip_range, step_reduction=config.step_reduction,
-    ),
-}  # fmt: skip
 
 PRECISIONS = {"no": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def train(
     config: Config, run: Path, pipe, policy: Policy, reference: Reference, optimizer: torch.optim.Optimizer, completed: int,
-    prompts: list[str], eval_prompts: list[str], reward: Reward,
+    prompts: list[str], eval_prompts: list[str], reward: Reward, method,
 ) -> None:  # fmt: skip
     """Algorithm 1, and the record of it in the run folder.
 
@@ -66,7 +61,6 @@ def train(
     """
     N, B, K = config.prompts_per_epoch, config.images_per_prompt, config.updates_per_epoch
     mine = slice(RANK * N // WORLD_SIZE * B, (RANK + 1) * N // WORLD_SIZE * B)  # this process's rows of the N * B
-    method = METHODS[config.method](config)
     trained = trained_parameters(pipe)
     log = start_log(config, run, completed)
     if completed:
@@ -78,7 +72,7 @@ def train(
 
     def save() -> None:
         if RANK == 0:
-            checkpoint.save(run, completed, dataclasses.asdict(config), trained, optimizer)
+            checkpoint.save(run, completed, dataclasses.asdict(config), trained, optimizer, method.state())
 
     try:
         for epoch in tqdm(range(completed, config.epochs), "epochs", initial=completed, total=config.epochs, disable=RANK > 0):
@@ -100,9 +94,11 @@ def train(
             rewards = together(lambda: score(pipe, latents[:, -1], row_prompts, reward, config)).view(N, B)  # Alg. 1, 5
             lap("reward")
 
-            def table(of_policy: Policy) -> torch.Tensor:
+            def table(of_policy: Policy, entries: torch.Tensor | None = None) -> torch.Tensor:
                 """(N, B, S) log-probs of this epoch's trajectories, computed in parts and the same in every process."""
-                return together(lambda: log_prob_table(of_policy, latents, cond, config.log_prob_batch_size)).view_as(sampled)
+                wanted = None if entries is None else entries.flatten(0, 1)[mine]
+                part = lambda: log_prob_table(of_policy, latents, cond, config.log_prob_batch_size, wanted)  # noqa: E731
+                return together(part).view_as(sampled)
 
             # With K = 1 nothing has changed since the trajectories were drawn, so the table made on the way serves. NOT IN PAPER:
             # with K > 1 it is made again in the batches of the later ones, so that rounding does not pass for a log-ratio.
@@ -117,18 +113,26 @@ def train(
                     log_probs_ref = table(pi_ref)
             lap("reference")
 
+            # A method (methods.py) knows the network only by these tables.
+            tables = Epoch(drawn, rewards, log_probs_old, log_probs_ref, latents, cond, seed=config.seed + 1_000_003 * epoch)
+            divergence = partial(step_divergence, policy, reference, config.kl_form)
             with uninterrupted():
-                for k in range(K):  # Alg. 1, 6
-                    log_probs = (log_probs_old if k == 0 else table(policy)).clone().requires_grad_()
-                    loss = method(log_probs, log_probs_old, log_probs_ref, rewards)  # Alg. 1, 7
+                for k, update in enumerate(method.updates(tables)):  # Alg. 1, 6
+                    log_probs = log_probs_old.clone()
+                    if k > 0:
+                        log_probs[update.entries] = table(policy, update.entries)[update.entries]
+                    loss = update.loss(log_probs.requires_grad_())  # Alg. 1, 7
                     # The loss sees the network only through the table: first its derivative by the table, then a backward
                     # pass per micro-batch of entries, weighted by it. That is the exact gradient (sampler.py).
                     (table_grad,) = torch.autograd.grad(loss, log_probs)
                     # fp16 has no small numbers: its backward pass runs on a multiple of the derivative.
-                    largest = table_grad.abs().max().item() or 1.0
+                    largest = max(table_grad.abs().max().item(), update.kl_weight) or 1.0
                     scale = math.sqrt(policy.latent_size) / largest if config.autocast == "fp16" else 1.0
                     row_grad = table_grad.flatten(0, 1)[mine] * scale
-                    recomputed = backward_through_table(policy, latents, cond, row_grad, config.train_batch_size)
+                    kl_grad = update.entries.flatten(0, 1)[mine] * update.kl_weight * scale if update.kl_weight else None
+                    recomputed = backward_through_table(
+                        policy, latents, cond, row_grad, config.train_batch_size, kl_grad, divergence
+                    )
                     processes.sum_gradients(trained.values(), 1 / scale)
                     grad_norm = torch.nn.utils.clip_grad_norm_(trained.values(), config.max_grad_norm)
                     if not (loss.isfinite() and grad_norm.isfinite()):  # the same in every process, so all stop here
@@ -151,7 +155,10 @@ def train(
                     "correlation": correlation,
                     "slope": slope,
                     "kl_nats": (log_probs_old - log_probs_ref).sum(-1).mean().item() * policy.in_nats,
-                    "clip_fraction": ((log_probs - log_probs_old).abs() > config.clip_range).float().mean().item(),
+                    "clip_fraction": ((log_probs - log_probs_old)[update.entries].abs() > config.clip_range)
+                    .float()
+                    .mean()
+                    .item(),
                     "log_prob_drift": together(lambda: drift.view(1)).max().item(),
                     "rounding": rounding_by_step.tolist() if epoch == 0 else None,
                     "grad_norm": grad_norm.item(),
@@ -231,7 +238,7 @@ def load(config: Config, device: torch.device) -> tuple[list[str], list[str], Re
 def main(argv: list[str]) -> None:
     with processes.one_line_errors(ValueError, OSError):
         config = parse(argv)
-        check(config, METHODS, WORLD_SIZE)
+        check(config, WORLD_SIZE)
         device = processes.start()
         prompts, eval_prompts, reward, pipe = load(config, device)
         policy = Policy(
@@ -241,11 +248,15 @@ def main(argv: list[str]) -> None:
         reference = make_trainable(pipe, config)  # Alg. 1, 1: theta <- ref
         trained = trained_parameters(pipe)
         optimizer = torch.optim.AdamW(trained.values(), config.learning_rate, weight_decay=config.weight_decay, fused=True)
-        completed = checkpoint.load(Path(config.resume), trained, optimizer) if config.resume else 0
+        method = locate(METHODS[config.method])(config, policy)
+        completed = 0
+        if config.resume:
+            completed = checkpoint.load(Path(config.resume), trained, optimizer)
+            method.load_state(checkpoint.load_method(Path(config.resume)))
         run = prepare_folder(config)
         say(describe(config, WORLD_SIZE, policy, prompts, count_truncated(pipe, prompts), trained))
     with processes.one_line_errors(OSError, ValueError, RewardError, FloatingPointError):
-        train(config, run, pipe, policy, reference, optimizer, completed, prompts, eval_prompts, reward)
+        train(config, run, pipe, policy, reference, optimizer, completed, prompts, eval_prompts, reward, method)
         if RANK == 0:
             save_result(pipe, policy.scheduler, run)
     say(f"the finetuned pipeline is in {run / 'pipeline'}, the curve in {run / 'reward.png'}")
