@@ -121,6 +121,21 @@ PRESETS: dict[str, dict] = {
     "aesthetic-kl": dict(
         prompts="animals-bare", eval_prompts="animals-bare", reward=["aesthetic"], epochs=250, kl_weight=1.0,
     ),
+    # The comparators, each with its paper's settings. ImageReward, DPOK's reward, is not among ours.
+    "ddpo": dict(
+        method="ddpo", prompts="animals-bare", eval_prompts="animals-bare", reward=["aesthetic"], epochs=200, updates_per_epoch=4,
+        prompts_per_epoch=32, images_per_prompt=8, clip_range=1e-4,
+    ),
+    "dpok": dict(
+        method="dpok", model="stable-diffusion-v1-5/stable-diffusion-v1-5", lora_rank=4, guidance_scale=7.5, epochs=2000,
+        updates_per_epoch=5, prompts_per_epoch=1, images_per_prompt=10, kl_weight=0.01, clip_range=1e-4, max_grad_norm=0.1,
+        weight_decay=0.0, eval_every=100, save_every=100,
+    ),
+    "d3po": dict(
+        method="d3po", model="stable-diffusion-v1-5/stable-diffusion-v1-5", lora_rank=4, prompts="animals-bare",
+        eval_prompts="animals-bare", reward=["aesthetic"], epochs=400, updates_per_epoch=20, prompts_per_epoch=80,
+        images_per_prompt=2, shared_x_T=True, kl_weight=0.1, clip_range=0.1, num_steps=20, learning_rate=3e-5, autocast="fp16",
+    ),
     # Sampling in 5 steps of equal log-SNR (toy_model.py) without guidance, so that an epoch takes seconds. log-probs are
     # means over D = 256 dimensions: the large-scale epsilon of 1e-4 at D = 16384 is 1.64 nats per step, here 6.4e-3.
     "toy": dict(
@@ -199,6 +214,8 @@ def check(config: Config, world_size: int) -> None:
         raise ValueError(f"score_function is for updates_per_epoch=1, not {config.updates_per_epoch}: it knows no theta_old")
     if config.method == "d3po" and (config.images_per_prompt % 2 or not config.shared_x_T):
         raise ValueError("d3po compares pairs from the same x_T: use --shared_x_T and an even --images_per_prompt")
+    if config.method == "d3po" and config.clip_range >= 1:
+        raise ValueError(f"clip_range must be below 1 for d3po, which clips a ratio, not {config.clip_range}")
     if config.images_per_prompt < 2:
         raise ValueError(f"images_per_prompt must be at least 2, not {config.images_per_prompt}: the loss needs pairs")
     if config.prompts_per_epoch % world_size:

@@ -119,3 +119,48 @@ def grid(rows: dict[str, Tensor | list], prompts: list[str], path: Path, across:
             if column == 0:
                 axis.set_ylabel(title, fontsize=8)
     finish(figure, path, 110)
+
+
+def curves(panels: dict[str, dict[str, list[list[float]]]], ylabel: str, path: Path, epochs: list[int] | None = None) -> None:
+    """Mean and range over seeds against epochs, 1, 2, ... if not given. panels: title -> line -> a curve for every seed."""
+    figure, every = plt.subplots(
+        1, len(panels), figsize=(4.2 * len(panels), 3.4), squeeze=False, sharey=True, layout="constrained"
+    )
+    for axes, (title, lines) in zip(every[0], panels.items(), strict=True):
+        for name, seeds in lines.items():
+            table = np.array(seeds)
+            x = epochs or range(1, table.shape[1] + 1)
+            axes.fill_between(x, table.min(0), table.max(0), alpha=0.2, linewidth=0)
+            axes.plot(x, table.mean(0), label=name)
+        axes.set(title=title, xlabel="epoch")
+        axes.legend(frameon=False, fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    every[0][0].set_ylabel(ylabel)
+    finish(figure, path, 110)
+
+
+def dots(panels: dict[str, dict[str, list[float]]], xlabel: str, path: Path) -> None:
+    """A dot for every seed and a line at their mean. panels: title -> row -> a number for every seed."""
+    rows = len(next(iter(panels.values())))
+    size = (2.2 + 2.6 * len(panels), 0.8 + 0.36 * rows)
+    figure, every = plt.subplots(1, len(panels), figsize=size, squeeze=False, sharey=True, layout="constrained")
+    for axes, (title, values) in zip(every[0], panels.items(), strict=True):
+        for row, numbers in enumerate(values.values()):
+            axes.plot(numbers, [row] * len(numbers), "o", markersize=5, alpha=0.7, color=f"C{row}")
+            axes.plot([np.mean(numbers)] * 2, [row - 0.3, row + 0.3], color=f"C{row}")
+        axes.set(title=title, xlabel=xlabel, yticks=range(rows), yticklabels=list(values))
+        axes.grid(axis="x", alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    every[0][0].invert_yaxis()
+    finish(figure, path, 110)
+
+
+def tradeoff(points: dict[str, list[list[float]]], xlabel: str, ylabel: str, path: Path) -> None:
+    """Two rewards of several models, a dot for every seed. points: name -> [x of every seed, y of every seed]."""
+    figure, axes = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
+    for name, (x, y) in points.items():
+        axes.plot(x, y, "o", alpha=0.8, label=name)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    finish(figure, path, 110)

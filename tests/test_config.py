@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import train
-from config import PRESETS, parse
+from config import PRESETS, check, parse
 
 # Appendix E, Table 4: small-scale, large-scale, large-scale multi-reward
 TABLE_4 = {
@@ -44,8 +44,37 @@ def test_presets_are_table_4(preset, column, prompts, reward, more):
     assert (config.prompts, config.reward, config.output_dir) == (prompts, reward, f"runs/{preset}")
 
 
-def test_every_preset_but_the_miniature_is_the_papers():
-    tested = {"small-hpsv2", "small-pickscore", "large-hpsv2", "large-pickscore", "multi-reward", "aesthetic-kl"}
+# Table 4's rows of the comparators' papers, and what else they fix
+COMPARATORS = {
+    "ddpo": dict(
+        epochs=200, updates_per_epoch=4, prompts_per_epoch=32, images_per_prompt=8, num_steps=50, clip_range=1e-4,
+        guidance_scale=5.0, max_grad_norm=1.0, learning_rate=1e-5, weight_decay=1e-4, reward_statistics="prompt",
+        statistics_size=32, statistics_min_count=16, advantage_limit=10.0, lora_rank=0, model="CompVis/stable-diffusion-v1-4",
+    ),
+    "dpok": dict(
+        epochs=2000, updates_per_epoch=5, prompts_per_epoch=1, images_per_prompt=10, num_steps=50, clip_range=1e-4,
+        guidance_scale=7.5, max_grad_norm=0.1, learning_rate=1e-5, weight_decay=0.0, kl_weight=0.01, reward_weight=10.0,
+        steps_per_update=32, kl_form="eps_mse", critic=True, lora_rank=4, model="stable-diffusion-v1-5/stable-diffusion-v1-5",
+    ),
+    "d3po": dict(
+        epochs=400, updates_per_epoch=20, prompts_per_epoch=80, images_per_prompt=2, num_steps=20, clip_range=0.1,
+        guidance_scale=5.0, max_grad_norm=1.0, learning_rate=3e-5, weight_decay=1e-4, kl_weight=0.1, shared_x_T=True,
+        lora_rank=4, model="stable-diffusion-v1-5/stable-diffusion-v1-5",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", COMPARATORS)
+def test_presets_of_comparators_are_their_papers(preset):
+    config = parse(["--preset", preset])
+    check(config, 1)
+    always = dict(method=preset, eta=1.0, log_prob_reduction="mean", offline=False)
+    expected = COMPARATORS[preset] | always
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_every_preset_but_the_miniature_is_a_papers():
+    tested = {"small-hpsv2", "small-pickscore", "large-hpsv2", "large-pickscore", "multi-reward", "aesthetic-kl", *COMPARATORS}
     assert PRESETS.keys() - {"toy"} == tested
     assert parse([]) == parse(["--preset", "small-hpsv2"])
     assert parse(["--preset", "toy", "--epochs", "3"]).epochs == 3

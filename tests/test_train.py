@@ -226,6 +226,10 @@ def test_wrong_settings(capsys, tmp_path, model_folder, monkeypatch):
         (["--method", "magic"], "unknown method 'magic': use prdp"),
         (["--method", "d3po"], "use --shared_x_T and an even --images_per_prompt"),
         (["--method", "d3po", "--shared_x_T"], "use --shared_x_T and an even --images_per_prompt"),
+        (
+            ["--method", "d3po", "--shared_x_T", "--images_per_prompt", "2", "--clip_range", "1"],
+            "clip_range must be below 1 for d3po",
+        ),
         (["--method", "ddpo", "--score_function"], "score_function is for updates_per_epoch=1, not 3"),
         (["--reward_statistics", "none"], "invalid choice: 'none' (choose from"),
         (["--model", str(tmp_path)], "cannot load a pipeline from the folder"),

@@ -1,0 +1,104 @@
+"""Variance of each method's gradient at equal samples: independent epochs at unchanged weights, a whole epoch in one update.
+
+    python gradient_variance.py --output results/reproduce/variance.json --epochs 16
+
+The cosine of the gradients of two epochs is what a learning rate can build on: with g = signal + noise its expectation is about
+|signal|^2 / (|signal|^2 + |noise|^2).
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from pydoc import locate
+
+import torch
+from tqdm import tqdm
+
+import processes
+from config import METHODS, Config, parse
+from methods import Epoch
+from pipeline import encode_prompts, load_pipeline
+from processes import say
+from prompts import draw_prompts, load_prompts
+from provenance import provenance
+from rewards import load_rewards
+from sampler import Policy, backward_through_table, ddim_scheduler, log_prob_table, sample_trajectories
+from train import score
+from trainable import make_trainable, trained_parameters
+
+ALL = "--preset toy --prompts toy-small --prompts_per_epoch 8 --images_per_prompt 8 --updates_per_epoch 1 --steps_per_update 256"
+VARIANTS = {
+    "PRDP": "--method prdp",
+    "PRDP, shared x_T": "--method prdp --shared_x_T",
+    "D3PO, shared x_T": "--method d3po --shared_x_T --clip_range 0.9",
+    "DDPO, statistics of the prompt": "--method ddpo --statistics_min_count 8",
+    "DDPO, statistics of the batch": "--method ddpo --reward_statistics batch",
+    "DPOK, critic": "--method dpok",
+    "DPOK, raw rewards": "--method dpok --critic False",
+}
+
+
+def gradients(config: Config, policy: Policy, pipe, trained: dict, epochs: int, bar: tqdm) -> torch.Tensor:
+    """The first update's gradient of several epochs, all at the pretrained weights -> (epochs, number of weights)."""
+    N, B = config.prompts_per_epoch, config.images_per_prompt
+    reward, prompts = load_rewards(config.reward, [], policy.unet.device), load_prompts(config.prompts)
+    method, collected = locate(METHODS[config.method])(config, policy), []
+    method.CRITIC_UPDATES = 100  # of DPOK: its critic has met many epochs when it matters
+    for epoch in range(epochs):
+        drawn = draw_prompts(prompts, N, epoch, config.seed)
+        cond = {k: v.repeat_interleave(B, 0) for k, v in encode_prompts(pipe, drawn).items()}
+        names = [(config.seed, epoch, n, b) for n in range(N) for b in range(B)]
+        (batch,) = sample_trajectories(policy, cond, names, config.shared_x_T, N * B)
+        rewards = score(pipe, batch.latents[:, -1], [p for p in drawn for _ in range(B)], reward, config).view(N, B)
+        old = log_prob_table(policy, batch.latents, cond, config.log_prob_batch_size).view(N, B, -1)
+        update = next(method.updates(Epoch(drawn, rewards, old, old, batch.latents, cond, seed=epoch)))
+        table = old.clone().requires_grad_()
+        (table_grad,) = torch.autograd.grad(update.loss(table), table)  # DPOK's divergence from the reference has none here
+        backward_through_table(policy, batch.latents, cond, table_grad.flatten(0, 1), config.train_batch_size)
+        collected.append(torch.cat([p.grad.flatten() for p in trained.values() if p.grad is not None]).cpu())
+        pipe.unet.zero_grad()
+        bar.update()
+    return torch.stack(collected)
+
+
+def signal(gradients: torch.Tensor) -> dict[str, float]:
+    """Of (R, P) independent gradients: the mean cosine of two, and their variance over their squared mean, both unbiased."""
+    gradients = gradients.double()
+    R = len(gradients)
+    products = gradients @ gradients.T
+    squares, crossed = products.diag().mean(), (products.sum() - products.trace()) / (R * (R - 1))
+    norms = products.diag().sqrt()
+    cosines = (products / norms.outer(norms))[~torch.eye(R, dtype=torch.bool)]
+    return {"cosine": cosines.mean().item(), "relative_variance": ((squares - crossed) / crossed).item()}
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="gradient_variance.py", allow_abbrev=False)
+    parser.add_argument("--epochs", type=int, default=16, help="independent epochs of 64 pictures, of each variant")
+    parser.add_argument("--output", type=Path, required=True, help="a JSON file")
+    arguments = parser.parse_args(argv)
+    if arguments.epochs < 2:
+        parser.error(f"argument --epochs: must be at least 2, not {arguments.epochs}")
+    with processes.one_line_errors(ValueError, OSError):
+        device = processes.start()
+        rows = {}
+        with tqdm(total=len(VARIANTS) * arguments.epochs, desc="gradients", unit="epoch") as bar:
+            for name, flags in VARIANTS.items():
+                config = parse([*ALL.split(), *flags.split()])
+                pipe = load_pipeline(config.model, device)
+                scheduler = ddim_scheduler(pipe.scheduler.config, config.num_steps, config.eta)
+                policy = Policy(pipe.unet, scheduler, encode_prompts(pipe, None), config.guidance_scale)
+                make_trainable(pipe, config)
+                rows[name] = {"flags": flags} | signal(
+                    gradients(config, policy, pipe, trained_parameters(pipe), arguments.epochs, bar)
+                )
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        result = provenance("gradient_variance.py", argv) | {"epochs": arguments.epochs, "flags": ALL, "results": rows}
+        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+        for name, row in rows.items():
+            say(f"{name:32} cosine {row['cosine']:+.3f}   variance / signal {row['relative_variance']:.1f}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

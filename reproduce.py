@@ -1,0 +1,383 @@
+"""The paper's comparisons in miniature, a command each, and two that it does not have.
+
+    python reproduce.py fig3              # with and without clipping, small and large scale, PRDP and DDPO: Fig. 3 and Table 5
+    python reproduce.py all               # every target; a run that several need is made once
+    python reproduce.py all --lengthen 5 --jobs 8 --folder runs/long     # where there is a GPU
+
+Every run is one of train.py and every score one of evaluate.py, on the embedded model, with the settings below. For every method
+and scale the learning rate is chosen first, by the reward at the end of a run with another seed. After an interruption the same
+command goes on where it was. Results: results/reproduce/TARGET.json and .png, and learning-rates.json.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import plots
+import processes
+import toy_model
+from config import parse
+from prompts import load_prompts
+from provenance import provenance
+from record import read_metrics
+from scores import Results
+
+MODEL = "toy"
+SEARCH_SEED = 100
+LEARNING_RATES = ("3e-5", "1e-4", "3e-4")
+
+# The same prompts, pictures and reward queries for all methods, and the same seeds in evaluation.
+SCALES = {
+    "small": "--preset toy --prompts toy-small --prompts_per_epoch 8 --images_per_prompt 8 --keep_every 5",
+    "large": "--preset toy --prompts toy-train --prompts_per_epoch 8 --images_per_prompt 8 --keep_every 0",
+}
+EPOCHS = {"small": 40, "large": 60}
+EVALUATIONS = {
+    "small": "--prompts toy-small --images_per_prompt 16",
+    "large": "--prompts toy-train:128 toy-heldout-one toy-heldout-two --images_per_prompt 4",
+}
+# Updates as in each method's paper. Clip ranges are the papers' in nats: times 64, for D = 256 instead of 16384. D3PO's, of over
+# 1000 nats, cannot act there and cannot here.
+METHODS = {
+    ("prdp", "small"): "--method prdp --updates_per_epoch 4 --clip_range 6.4e-5",
+    ("prdp", "large"): "--method prdp --updates_per_epoch 1 --clip_range 6.4e-3",
+    ("ddpo", "small"): "--method ddpo --updates_per_epoch 4 --clip_range 6.4e-3",
+    ("ddpo", "large"): "--method ddpo --updates_per_epoch 4 --clip_range 6.4e-3",
+    ("dpok", "small"): "--method dpok --updates_per_epoch 5 --clip_range 6.4e-3 --max_grad_norm 0.1 --weight_decay 0",
+    ("d3po", "small"): "--method d3po --updates_per_epoch 8 --shared_x_T --clip_range 0.9 --kl_weight 1.6e-3",
+}
+COLOUR = "--reward toy-colourfulness --kl_weight"
+VARIANTS: dict[str, tuple[str, str, str]] = {  # name: method, scale and what is changed
+    "PRDP": ("prdp", "small", ""),
+    "PRDP unclipped": ("prdp", "small", "--clip_range 1e9"),
+    "PRDP offline": ("prdp", "small", "--offline"),
+    "PRDP shared x_T": ("prdp", "small", "--shared_x_T"),
+    "DDPO": ("ddpo", "small", ""),
+    "DDPO unclipped": ("ddpo", "small", "--clip_range 1e9"),
+    "DDPO batch statistics": ("ddpo", "small", "--reward_statistics batch"),
+    "DPOK": ("dpok", "small", ""),
+    "D3PO": ("d3po", "small", ""),
+    "PRDP large": ("prdp", "large", ""),
+    "PRDP large shared x_T": ("prdp", "large", "--shared_x_T"),
+    "DDPO large": ("ddpo", "large", ""),
+    "DDPO large unclipped": ("ddpo", "large", "--clip_range 1e9"),
+    "DDPO large own statistics": ("ddpo", "large", "--statistics_min_count 8"),
+    "PRDP beta 0.1": ("prdp", "small", f"{COLOUR} 0.1"),
+    "PRDP beta 1": ("prdp", "small", f"{COLOUR} 1"),
+    "PRDP beta 10": ("prdp", "small", f"{COLOUR} 10"),
+    "DDPO colour": ("ddpo", "small", "--reward toy-colourfulness"),
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A figure or table: the variants it compares, panel by panel, and how it is drawn from the numbers in its JSON file."""
+
+    title: str
+    panels: dict[str, list[str]]
+    draw: Callable[[dict[str, list[str]], dict, Path], None]
+    checkpoints: bool = False  # evaluate those that were kept on the way as well
+    pictures: bool = False  # draw the first prompts' pictures, too
+
+    @property
+    def variants(self) -> list[str]:
+        return list(dict.fromkeys(name for names in self.panels.values() for name in names))
+
+
+def smoothed(curve: list[float], width: int = 5) -> list[float]:
+    """Mean over the last `width` epochs at each."""
+    return [sum(part) / len(part) for part in (curve[max(0, i + 1 - width) : i + 1] for i in range(len(curve)))]
+
+
+def kept(curve: list[float], start: float) -> float:
+    """The share of a run's best gain over its start that is left at its end; 0 if it never gained or lost more than it had."""
+    curve = smoothed(curve)
+    best = max(curve) - start
+    return max(0.0, (curve[-1] - start) / best) if best > 0 else 0.0
+
+
+def draw_curves(panels: dict[str, list[str]], result: dict, path: Path) -> None:
+    """Training reward against epochs."""
+    runs = {name: [smoothed(run["reward_mean"]) for run in seeds.values()] for name, seeds in result["runs"].items()}
+    lines = {title: {name: runs[name] for name in names} for title, names in panels.items()}
+    plots.curves(lines, "reward of training samples, mean over 5 epochs", path)
+
+
+def means(result: dict, model: str, prompts: str, reward: str = "toy-alignment") -> list[float]:
+    """A model's scores, one for every seed."""
+    return [sets[prompts][reward]["mean"] for sets in result["scores"][model].values()]
+
+
+def draw_scores(panels: dict[str, list[str]], result: dict, path: Path) -> None:
+    """The trained reward of every variant and seed, a panel for each prompt set."""
+    sets = next(iter(result["scores"]["base"].values()))
+    plots.dots({name: {model: means(result, model, name) for model in result["scores"]} for name in sets}, "alignment", path)
+
+
+def draw_over_checkpoints(panels: dict[str, list[str]], result: dict, path: Path) -> None:
+    """The reward of the evaluation's pictures against the epoch of a checkpoint; the first is the base."""
+    lines, epochs = {}, [0]
+    for name in result["runs"]:
+        on_the_way = [model for model in result["scores"] if model.startswith(f"{name}@")]
+        epochs = [0, *(int(model.rpartition("@")[2]) for model in on_the_way)]
+        lines[name] = list(zip(*(means(result, model, "toy-small") for model in ["base", *on_the_way]), strict=True))
+    plots.curves({title: lines for title in panels}, "alignment", path, epochs)
+
+
+def draw_tradeoff(panels: dict[str, list[str]], result: dict, path: Path) -> None:
+    """The reward that was trained against the one that was not."""
+    rewards = ("toy-colourfulness", "toy-alignment")
+    points = {model: [means(result, model, "toy-small", reward) for reward in rewards] for model in result["scores"]}
+    plots.tradeoff(points, "colourfulness (trained)", "alignment (never trained)", path)
+
+
+def draw_signal(panels: dict[str, list[str]], result: dict, path: Path) -> None:
+    """The mean cosine of two gradients of every method."""
+    plots.dots({"": {name: [row["cosine"]] for name, row in result["results"].items()}}, "cosine of two gradients", path)
+
+
+SMALL, LARGE = "small scale", "large scale"
+TARGETS = {
+    "fig3": Target(
+        "Fig. 3, Table 5: clipping",
+        {
+            "PRDP, small scale": ["PRDP", "PRDP unclipped"],
+            "DDPO, small scale": ["DDPO", "DDPO unclipped"],
+            LARGE: ["PRDP large", "DDPO large", "DDPO large unclipped"],
+        },
+        draw_curves, pictures=True,
+    ),
+    "table1": Target("Table 1: small scale", {SMALL: ["PRDP", "DDPO", "DPOK", "D3PO"]}, draw_scores),
+    "table2": Target("Table 2: large scale", {LARGE: ["PRDP large", "DDPO large", "DDPO large own statistics"]}, draw_scores),
+    "fig7": Target("Fig. 7: online and offline", {SMALL: ["PRDP", "PRDP offline"]}, draw_over_checkpoints, checkpoints=True),
+    "fig8": Target(
+        "Fig. 8, 10: a reward that ignores the prompt",
+        {SMALL: ["PRDP beta 0.1", "PRDP beta 1", "PRDP beta 10", "DDPO colour"]},
+        draw_tradeoff, pictures=True,
+    ),
+    "fig9": Target(
+        "Fig. 9: training curves",
+        {
+            SMALL: ["PRDP", "DDPO", "DDPO batch statistics"],
+            LARGE: ["PRDP large", "DDPO large", "DDPO large own statistics"],
+        },
+        draw_curves,
+    ),
+    "d3po": Target("D3PO: order and values", {SMALL: ["PRDP shared x_T", "DDPO", "D3PO"]}, draw_curves),
+    "shared": Target(
+        "Independent and shared x_T",
+        {SMALL: ["PRDP", "PRDP shared x_T"], LARGE: ["PRDP large", "PRDP large shared x_T"]},
+        draw_curves,
+    ),
+    "variance": Target("Gradient variance", {}, draw_signal),
+}  # fmt: skip
+
+
+@dataclass
+class Job:
+    """A command, what it writes, and the run folder whose epochs show its progress."""
+
+    name: str
+    command: list[str]
+    epochs: int = 0
+    run: Path | None = None
+
+
+def training(name: str, method: str, scale: str, flags: str, rate: str, seed: int, options) -> Job | None:
+    """The job of a training run, to begin or to go on with; None if it is finished. ValueError if another run is in its place."""
+    epochs = round(EPOCHS[scale] * options.lengthen)
+    run = options.folder / name.replace(" ", "-")
+    argv = f"{SCALES[scale]} {METHODS[method, scale]} {flags} --learning_rate {rate} --seed {seed} --epochs {epochs}".split()
+    argv += ["--model", MODEL, "--eval_prompts", "", "--output_dir", str(run)]
+    if run.exists() and not checkpoint.all_checkpoints(run):
+        shutil.rmtree(run)  # it had not come far
+    if run.exists():
+        if json.loads((run / "config.json").read_text()) != json.loads(json.dumps(dataclasses.asdict(parse(argv)))):
+            raise ValueError(f"{run} holds a run with other settings: choose another --folder, or remove it")
+        if (run / "pipeline" / "model_index.json").exists():
+            return None
+        argv = ["--resume", str(run)]
+    return Job(name, [sys.executable, "train.py", *argv], epochs, run)
+
+
+def work_off(jobs: list[Job], title: str, options) -> None:
+    """Runs the commands, several at a time; ValueError with the last line of the first that fails."""
+    slots, running, waiting = list(range(options.jobs)), {}, list(jobs)
+    gpus = torch.cuda.device_count()
+    total = sum(job.epochs for job in jobs)
+    with tqdm(total=total or len(jobs), desc=title, unit="epoch" if total else "job") as bar:
+        while waiting or running:
+            while waiting and slots:
+                job, slot = waiting.pop(0), slots.pop()
+                environment = os.environ | {"OMP_NUM_THREADS": "1"}
+                if gpus:
+                    environment["CUDA_VISIBLE_DEVICES"] = str(slot % gpus)
+                log = (options.folder / "logs" / f"{job.name.replace(' ', '-')}.log").open("w")
+                running[slot] = job, log, subprocess.Popen(job.command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+            time.sleep(1)
+            for slot, (job, log, process) in list(running.items()):
+                if process.poll() is None:
+                    continue
+                log.close()
+                if process.returncode:
+                    last = Path(log.name).read_text().strip().splitlines()[-1:]
+                    raise ValueError(f"{job.name} failed, see {log.name}: {' '.join(last)}")
+                del running[slot]
+                slots.append(slot)
+            done = [job for job in jobs if job not in waiting and job not in [entry[0] for entry in running.values()]]
+            if total:
+                on_the_way = [entry[0].run for entry in running.values()]
+                bar.n = sum(j.epochs for j in done) + sum(
+                    read_metrics(r)[-1]["epoch"] for r in on_the_way if (r / "metrics.jsonl").exists()
+                )
+            else:
+                bar.n = len(done)
+            bar.set_postfix_str(", ".join(entry[0].name for entry in running.values())[:60])
+
+
+def learning_rates(pairs: set[tuple[str, str]], options) -> dict[tuple[str, str], str]:
+    """For each (method, scale) the rate with the highest mean reward over the last quarter of a run; the search is recorded."""
+    trials = {(*pair, rate): f"search {' '.join(pair)} {rate}" for pair in sorted(pairs) for rate in LEARNING_RATES}
+    jobs = [training(name, m, scale, "", rate, SEARCH_SEED, options) for (m, scale, rate), name in trials.items()]
+    work_off([job for job in jobs if job], "learning rates", options)
+    scores = {}
+    for (method, scale, rate), name in trials.items():
+        rewards = [line["reward_mean"] for line in read_metrics(options.folder / name.replace(" ", "-"))[1:]]
+        last = rewards[-max(1, len(rewards) // 4) :]
+        scores.setdefault((method, scale), {})[rate] = sum(last) / len(last)
+    chosen = {pair: max(by_rate, key=by_rate.get) for pair, by_rate in scores.items()}
+    record = [
+        {
+            "method": m,
+            "scale": scale,
+            "flags": f"{SCALES[scale]} {METHODS[m, scale]}",
+            "reward": by_rate,
+            "chosen": chosen[m, scale],
+        }
+        for (m, scale), by_rate in scores.items()
+    ]
+    write(options.results / "learning-rates.json", {"seed": SEARCH_SEED, "results": record}, options)
+    return chosen
+
+
+def evaluation_folder(scale: str, seed: int, options) -> Path:
+    return options.folder / f"evaluation-{scale}-seed{seed}"
+
+
+def evaluation(scale: str, seed: int, models: dict[str, Path], options) -> Job:
+    """The job of scoring all models of a scale and seed; what is finished is not done again."""
+    named = [f"base={MODEL}", *(f"{name}={folder}" for name, folder in models.items())]
+    argv = [*EVALUATIONS[scale].split(), "--rewards", "toy-alignment", "toy-colourfulness", "--seed", str(seed)]
+    argv += "--num_steps 5 --guidance_scale 1 --pictures 1".split()
+    argv += ["--output_dir", str(evaluation_folder(scale, seed, options))]
+    return Job(f"evaluation {scale} {seed}", [sys.executable, "evaluate.py", "--models", *named, *argv])
+
+
+def models_of(name: str, seed: int, with_checkpoints: bool, options) -> dict[str, Path]:
+    """A variant's result and, where asked for, the checkpoints it kept."""
+    run = options.folder / f"{name} {seed}".replace(" ", "-")
+    kept_on_the_way = checkpoint.all_checkpoints(run) if with_checkpoints else []
+    return {f"{name}@{checkpoint.epoch_of(folder)}": folder for folder in kept_on_the_way} | {name: run}
+
+
+def write(path: Path, result: dict, options) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(provenance("reproduce.py", options.argv) | result, indent=1) + "\n")
+
+
+def numbers(target: Target, seeds: list[int], chosen: dict, options) -> dict:
+    """A target's JSON: settings, the record of every run, and the scores of every model."""
+    runs, scores, settings = {}, {}, {}
+    for name in target.variants:
+        method, scale, flags = VARIANTS[name]
+        settings[name] = f"{SCALES[scale]} {METHODS[method, scale]} {flags} --learning_rate {chosen[method, scale]}"
+        runs[name] = {}
+        for seed in seeds:
+            lines = read_metrics(options.folder / f"{name} {seed}".replace(" ", "-"))[1:]
+            run = {key: [round(line[key], 5) for line in lines] for key in ("reward_mean", "kl_nats", "clip_fraction")}
+            run["kept"] = kept(run["reward_mean"], run["reward_mean"][0])
+            run["seconds"] = sum(sum(line["seconds"].values()) for line in lines)
+            runs[name][seed] = run
+    for scale in dict.fromkeys(VARIANTS[name][1] for name in target.variants):
+        for seed in seeds:
+            rows = json.loads((evaluation_folder(scale, seed, options) / "results.json").read_text())["results"]
+            for row in rows:
+                if row["model"] == "base" or row["model"].partition("@")[0] in target.variants:
+                    of_set = scores.setdefault(row["model"], {}).setdefault(seed, {}).setdefault(row["prompts"], {})
+                    of_set[row["reward"]] = {"mean": row["mean"], "standard_error": row["standard_error"]}
+                    of_set["diversity"] = row["diversity"]
+    return {"title": target.title, "settings": settings, "runs": runs, "scores": scores}
+
+
+def draw_pictures(target: Target, path: Path, options) -> None:
+    """The first seed's pictures of the small scale's prompts, from the same noise."""
+    prompts, results = load_prompts("toy-small"), Results(evaluation_folder("small", options.seeds[0], options))
+    shown = ["base", *(name for name in target.variants if VARIANTS[name][1] == "small")]
+    plots.grid({name: [results.picture(name, "toy-small", n) for n in range(8)] for name in shown}, prompts[:8], path, across=8)
+
+
+def reproduce(names: list[str], options) -> None:
+    (options.folder / "logs").mkdir(parents=True, exist_ok=True)
+    toy_model.ensure()
+    targets = {name: TARGETS[name] for name in names}
+    variants = list(dict.fromkeys(name for target in targets.values() for name in target.variants))
+    chosen = learning_rates({VARIANTS[name][:2] for name in variants}, options)
+    wanted = [(name, seed) for seed in options.seeds for name in variants]
+    jobs = []
+    for name, seed in wanted:
+        method, scale, flags = VARIANTS[name]
+        jobs.append(training(f"{name} {seed}", method, scale, flags, chosen[method, scale], seed, options))
+    work_off([job for job in jobs if job], "runs", options)
+    output = str(options.results / "variance.json")
+    jobs = [Job("variance", [sys.executable, "gradient_variance.py", "--output", output])] if "variance" in targets else []
+    for seed in options.seeds:
+        for scale in SCALES:
+            models = {}
+            for target in targets.values():
+                for name in target.variants:
+                    if VARIANTS[name][1] == scale:
+                        models |= models_of(name, seed, target.checkpoints, options)
+            if models:
+                jobs.append(evaluation(scale, seed, models, options))
+    work_off(jobs, "evaluation", options)
+    for name, target in targets.items():
+        path = options.results / f"{name}.json"
+        if target.variants:
+            write(path, numbers(target, options.seeds, chosen, options), options)
+        target.draw(target.panels, json.loads(path.read_text()), path.with_suffix(".png"))
+        if target.pictures:
+            draw_pictures(target, options.results / f"{name}-pictures.png", options)
+        processes.say(f"{target.title}: {path} and {path.with_suffix('.png')}")
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="reproduce.py", description=__doc__.partition("\n")[0], allow_abbrev=False)
+    described = "; ".join(f"{name} ({target.title})" for name, target in TARGETS.items())
+    parser.add_argument("targets", nargs="+", choices=[*TARGETS, "all"], metavar="target", help=f"all, or of {described}")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the runs and their evaluation")
+    parser.add_argument("--lengthen", type=float, default=1.0, help="epochs times this")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
+    parser.add_argument("--folder", type=Path, default=Path("runs/reproduce"), help="where runs and evaluations lie")
+    parser.add_argument("--results", type=Path, default=Path("results/reproduce"), help="where JSON files and pictures go")
+    options = parser.parse_args(argv)
+    options.argv = argv
+    if options.jobs < 1 or options.lengthen <= 0 or min(options.seeds) < 0:
+        parser.error("--jobs must be at least 1, --lengthen above 0 and --seeds at least 0")
+    with processes.one_line_errors(ValueError, OSError):
+        reproduce(list(TARGETS) if "all" in options.targets else options.targets, options)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,116 @@
+"""The queue, the search and the figures of reproduce.py, on the small random-weight pipeline."""
+
+import json
+
+import pytest
+import torch
+from conftest import ROOT
+
+import gradient_variance
+import plots
+import reproduce
+from config import check
+
+
+def test_kept_is_the_share_of_the_best_gain():
+    assert reproduce.kept([0.0] * 5 + [1.0] * 5, 0.0) == 1
+    assert reproduce.kept([0.0] * 5 + [1.0] * 5 + [0.25] * 5, 0.0) == pytest.approx(0.25)
+    assert reproduce.kept([0.5] * 5 + [1.0] * 5 + [0.0] * 5, 0.5) == 0  # lost more than it had gained
+    assert reproduce.kept([0.5, 0.4, 0.3], 0.5) == 0
+    assert reproduce.smoothed([0.0, 2.0, 4.0], 2) == [0.0, 1.0, 3.0]
+
+
+def test_every_variant_has_its_schedule_and_every_target_its_variants():
+    for method, scale, flags in reproduce.VARIANTS.values():
+        flags = f"{reproduce.SCALES[scale]} {reproduce.METHODS[method, scale]} {flags}".split()
+        config = reproduce.parse(flags)
+        check(config, 1)
+        assert config.method == method and config.prompts == {"small": "toy-small", "large": "toy-train"}[scale]
+        assert config.prompts_per_epoch * config.images_per_prompt == 64
+    used = {name for target in reproduce.TARGETS.values() for name in target.variants}
+    assert used == reproduce.VARIANTS.keys()
+
+
+def test_signal_of_gradients_made_by_hand():
+    torch.manual_seed(0)
+    mean, noise = torch.zeros(4000), torch.randn(200, 4000)
+    mean[0] = 20.0  # |signal|^2 = 400, |noise|^2 = 4000
+    found = gradient_variance.signal(mean + noise)
+    assert found["cosine"] == pytest.approx(400 / 4400, rel=0.05)
+    assert found["relative_variance"] == pytest.approx(10, rel=0.05)
+
+
+@pytest.fixture
+def tiny(monkeypatch, model_folder, tmp_path):
+    """Runs of two epochs at one learning rate, on four prompts."""
+    shorter = "--prompts_per_epoch 2 --images_per_prompt 4 --keep_every 1"
+    monkeypatch.setattr(reproduce, "MODEL", str(model_folder))
+    monkeypatch.setattr(reproduce, "SCALES", {"small": f"{reproduce.SCALES['small']} {shorter}"})
+    monkeypatch.setattr(reproduce, "EPOCHS", {"small": 2})
+    monkeypatch.setattr(reproduce, "EVALUATIONS", {"small": "--prompts toy-small --images_per_prompt 2"})
+    monkeypatch.setattr(reproduce, "LEARNING_RATES", ("1e-3", "0.5"))
+    monkeypatch.setattr(reproduce.toy_model, "ensure", lambda: None)
+    monkeypatch.chdir(ROOT)
+    return ["fig7", "--seeds", "3", "--jobs", "2", "--folder", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+
+
+def test_a_target_from_search_to_figure_and_nothing_twice(tiny, tmp_path, monkeypatch, capsys):
+    reproduce.main(tiny)
+    search = json.loads((tmp_path / "results" / "learning-rates.json").read_text())
+    (found,) = search["results"]
+    assert search["seed"] == 100 and set(found["reward"]) == {"1e-3", "0.5"}
+    assert found["chosen"] == max(found["reward"], key=found["reward"].get)
+    result = json.loads((tmp_path / "results" / "fig7.json").read_text())
+    assert result["versions"]["torch"] and result["command"].startswith("python reproduce.py fig7")
+    assert list(result["runs"]) == ["PRDP", "PRDP offline"]
+    assert len(result["runs"]["PRDP"]["3"]["reward_mean"]) == 2
+    assert set(result["scores"]) == {"base", "PRDP@1", "PRDP@2", "PRDP", "PRDP offline@1", "PRDP offline@2", "PRDP offline"}
+    scores = {name: seeds["3"]["toy-small"]["toy-alignment"]["mean"] for name, seeds in result["scores"].items()}
+    assert scores["PRDP"] == scores["PRDP@2"] != scores["base"]
+    assert f"--learning_rate {found['chosen']}" in result["settings"]["PRDP offline"]
+    assert plots.np.asarray(plots.Image.open(tmp_path / "results" / "fig7.png")).std() > 5
+
+    def no_training(command, **_):
+        assert "evaluate.py" in command, command
+        return original(command, **_)
+
+    original = reproduce.subprocess.Popen
+    monkeypatch.setattr(reproduce.subprocess, "Popen", no_training)
+    before = (tmp_path / "results" / "fig7.json").read_text()
+    reproduce.main(tiny)
+    assert (tmp_path / "results" / "fig7.json").read_text() == before
+
+    monkeypatch.setattr(reproduce, "EPOCHS", {"small": 3})
+    with pytest.raises(SystemExit) as stopped:
+        reproduce.main(tiny)
+    assert stopped.value.code == 2 and "holds a run with other settings" in capsys.readouterr().err
+
+
+def test_a_failing_run_is_named(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(reproduce, "LEARNING_RATES", ("-1",))
+    with pytest.raises(SystemExit) as stopped:
+        reproduce.main(tiny)
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert stopped.value.code == 2 and "learning_rate must be a positive number" in errors[-1]
+
+
+def test_wrong_arguments(capsys):
+    for argv, message in (
+        (["fig4"], "invalid choice: 'fig4'"),
+        (["fig3", "--jobs", "0"], "--jobs must be at least 1"),
+        ([], "required: target"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            reproduce.main(argv)
+        assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_gradient_variance_runs_every_method(monkeypatch, model_folder, tmp_path):
+    monkeypatch.setattr(gradient_variance, "ALL", f"{gradient_variance.ALL} --model {model_folder} --prompts_per_epoch 2")
+    output = tmp_path / "variance.json"
+    gradient_variance.main(["--epochs", "2", "--output", str(output)])
+    rows = json.loads(output.read_text())["results"]
+    assert set(rows) == set(gradient_variance.VARIANTS)
+    assert all(-1 <= row["cosine"] <= 1 for row in rows.values())
+    values = [row["cosine"] for row in rows.values()]
+    assert len(set(values)) == len(values)  # every variant is its own
