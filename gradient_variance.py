@@ -1,6 +1,6 @@
 """Variance of each method's gradient at equal samples: independent epochs at unchanged weights, a whole epoch in one update.
 
-    python gradient_variance.py --output results/reproduce/variance.json --epochs 16
+    python gradient_variance.py --output results/reproduce/variance.json --epochs 32
 
 The cosine of the gradients of two epochs is what a learning rate can build on: with g = signal + noise its expectation is about
 |signal|^2 / (|signal|^2 + |noise|^2).
@@ -8,6 +8,7 @@ The cosine of the gradients of two epochs is what a learning rate can build on: 
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from pydoc import locate
@@ -44,7 +45,6 @@ def gradients(config: Config, policy: Policy, pipe, trained: dict, epochs: int, 
     N, B = config.prompts_per_epoch, config.images_per_prompt
     reward, prompts = load_rewards(config.reward, [], policy.unet.device), load_prompts(config.prompts)
     method, collected = locate(METHODS[config.method])(config, policy), []
-    method.CRITIC_UPDATES = 100  # of DPOK: its critic has met many epochs when it matters
     for epoch in range(epochs):
         drawn = draw_prompts(prompts, N, epoch, config.seed)
         cond = {k: v.repeat_interleave(B, 0) for k, v in encode_prompts(pipe, drawn).items()}
@@ -62,24 +62,32 @@ def gradients(config: Config, policy: Policy, pipe, trained: dict, epochs: int, 
     return torch.stack(collected)
 
 
-def signal(gradients: torch.Tensor) -> dict[str, float]:
-    """Of (R, P) independent gradients: the mean cosine of two, and their variance over their squared mean, both unbiased."""
-    gradients = gradients.double()
-    R = len(gradients)
-    products = gradients @ gradients.T
-    squares, crossed = products.diag().mean(), (products.sum() - products.trace()) / (R * (R - 1))
+def mean_cosine(products: torch.Tensor) -> float:
+    """Of all pairs of gradients, from their (R, R) products."""
     norms = products.diag().sqrt()
-    cosines = (products / norms.outer(norms))[~torch.eye(R, dtype=torch.bool)]
-    return {"cosine": cosines.mean().item(), "relative_variance": ((squares - crossed) / crossed).item()}
+    return ((products / norms.outer(norms)).sum() - len(products)).item() / (len(products) * (len(products) - 1))
+
+
+def signal(gradients: torch.Tensor) -> dict[str, float]:
+    """Of (R, P) independent gradients: the mean cosine of two and its jackknife standard error, and |noise|^2 / |signal|^2."""
+    products = gradients.double() @ gradients.double().T
+    R = len(products)
+    crossed = (products.sum() - products.trace()) / (R * (R - 1))
+    left_out = torch.tensor([mean_cosine(products[keep][:, keep]) for keep in ~torch.eye(R, dtype=torch.bool)])
+    return {
+        "cosine": mean_cosine(products),
+        "standard_error": math.sqrt((R - 1) * left_out.var(correction=0).item()),
+        "relative_variance": (products.diag().mean() / crossed - 1).item(),
+    }
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="gradient_variance.py", allow_abbrev=False)
-    parser.add_argument("--epochs", type=int, default=16, help="independent epochs of 64 pictures, of each variant")
+    parser.add_argument("--epochs", type=int, default=32, help="independent epochs of 64 pictures, of each variant")
     parser.add_argument("--output", type=Path, required=True, help="a JSON file")
     arguments = parser.parse_args(argv)
-    if arguments.epochs < 2:
-        parser.error(f"argument --epochs: must be at least 2, not {arguments.epochs}")
+    if arguments.epochs < 3:
+        parser.error(f"argument --epochs: must be at least 3, not {arguments.epochs}")
     with processes.one_line_errors(ValueError, OSError):
         device = processes.start()
         rows = {}
@@ -97,7 +105,8 @@ def main(argv: list[str]) -> None:
         result = provenance("gradient_variance.py", argv) | {"epochs": arguments.epochs, "flags": ALL, "results": rows}
         arguments.output.write_text(json.dumps(result, indent=1) + "\n")
         for name, row in rows.items():
-            say(f"{name:32} cosine {row['cosine']:+.3f}   variance / signal {row['relative_variance']:.1f}")
+            cosine = f"{row['cosine']:+.4f} ± {row['standard_error']:.4f}"
+            say(f"{name:32} cosine {cosine}, variance {row['relative_variance']:.0f} times the squared mean")
 
 
 if __name__ == "__main__":

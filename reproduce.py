@@ -112,7 +112,7 @@ def draw_curves(panels: dict[str, list[str]], result: dict, path: Path) -> None:
     """Training reward against epochs."""
     runs = {name: [smoothed(run["reward_mean"]) for run in seeds.values()] for name, seeds in result["runs"].items()}
     lines = {title: {name: runs[name] for name in names} for title, names in panels.items()}
-    plots.curves(lines, "reward of training samples, mean over 5 epochs", path)
+    plots.curves(lines, "reward, mean over 5 epochs", path)
 
 
 def means(result: dict, model: str, prompts: str, reward: str = "toy-alignment") -> list[float]:
@@ -144,8 +144,10 @@ def draw_tradeoff(panels: dict[str, list[str]], result: dict, path: Path) -> Non
 
 
 def draw_signal(panels: dict[str, list[str]], result: dict, path: Path) -> None:
-    """The mean cosine of two gradients of every method."""
-    plots.dots({"": {name: [row["cosine"]] for name, row in result["results"].items()}}, "cosine of two gradients", path)
+    """The mean cosine of two gradients of every method, and a standard error to either side."""
+    rows = result["results"]
+    around = {name: [row["cosine"] + s * row["standard_error"] for s in (-1, 0, 1)] for name, row in rows.items()}
+    plots.dots({"": around}, "cosine of two gradients, ± standard error", path)
 
 
 SMALL, LARGE = "small scale", "large scale"

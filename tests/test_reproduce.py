@@ -36,6 +36,9 @@ def test_signal_of_gradients_made_by_hand():
     mean, noise = torch.zeros(4000), torch.randn(200, 4000)
     mean[0] = 20.0  # |signal|^2 = 400, |noise|^2 = 4000
     found = gradient_variance.signal(mean + noise)
+    cosines = torch.tensor([gradient_variance.signal(mean + torch.randn(20, 4000))["cosine"] for _ in range(60)])
+    errors = [gradient_variance.signal(mean + torch.randn(20, 4000))["standard_error"] for _ in range(20)]
+    assert sum(errors) / 20 == pytest.approx(cosines.std().item(), rel=0.35)
     assert found["cosine"] == pytest.approx(400 / 4400, rel=0.05)
     assert found["relative_variance"] == pytest.approx(10, rel=0.05)
 
@@ -108,7 +111,7 @@ def test_wrong_arguments(capsys):
 def test_gradient_variance_runs_every_method(monkeypatch, model_folder, tmp_path):
     monkeypatch.setattr(gradient_variance, "ALL", f"{gradient_variance.ALL} --model {model_folder} --prompts_per_epoch 2")
     output = tmp_path / "variance.json"
-    gradient_variance.main(["--epochs", "2", "--output", str(output)])
+    gradient_variance.main(["--epochs", "3", "--output", str(output)])
     rows = json.loads(output.read_text())["results"]
     assert set(rows) == set(gradient_variance.VARIANTS)
     assert all(-1 <= row["cosine"] <= 1 for row in rows.values())
