@@ -14,6 +14,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -40,8 +41,8 @@ LEARNING_RATES = ("3e-5", "1e-4", "3e-4")
 
 # The same prompts, pictures and reward queries for all methods, and the same seeds in evaluation.
 SCALES = {
-    "small": "--preset toy --prompts toy-small --prompts_per_epoch 8 --images_per_prompt 8 --keep_every 5",
-    "large": "--preset toy --prompts toy-train --prompts_per_epoch 8 --images_per_prompt 8 --keep_every 0",
+    "small": "--preset toy --prompts toy-small --prompts_per_epoch 8 --images_per_prompt 8 --save_every 5 --keep_every 5",
+    "large": "--preset toy --prompts toy-train --prompts_per_epoch 8 --images_per_prompt 8 --save_every 5 --keep_every 0",
 }
 EPOCHS = {"small": 40, "large": 60}
 EVALUATIONS = {
@@ -189,86 +190,92 @@ TARGETS = {
 
 @dataclass
 class Job:
-    """A command, what it writes, and the run folder whose epochs show its progress."""
+    """A command, and where it is a training run its folder and number of epochs."""
 
     name: str
     command: list[str]
-    epochs: int = 0
     run: Path | None = None
+    epochs: int = 1
+
+    def progress(self) -> int:
+        """Epochs completed."""
+        return read_metrics(self.run)[-1]["epoch"] if self.run and (self.run / "metrics.jsonl").exists() else 0
+
+
+def run_folder(name: str, seed: int, options) -> Path:
+    return options.folder / f"{name} {seed}".replace(" ", "-")
 
 
 def training(name: str, method: str, scale: str, flags: str, rate: str, seed: int, options) -> Job | None:
     """The job of a training run, to begin or to go on with; None if it is finished. ValueError if another run is in its place."""
-    epochs = round(EPOCHS[scale] * options.lengthen)
-    run = options.folder / name.replace(" ", "-")
+    epochs, run = round(EPOCHS[scale] * options.lengthen), run_folder(name, seed, options)
     argv = f"{SCALES[scale]} {METHODS[method, scale]} {flags} --learning_rate {rate} --seed {seed} --epochs {epochs}".split()
     argv += ["--model", MODEL, "--eval_prompts", "", "--output_dir", str(run)]
     if run.exists() and not checkpoint.all_checkpoints(run):
         shutil.rmtree(run)  # it had not come far
     if run.exists():
-        if json.loads((run / "config.json").read_text()) != json.loads(json.dumps(dataclasses.asdict(parse(argv)))):
+        known = json.loads((run / "config.json").read_text()) | {"resume": ""}
+        if known != dataclasses.asdict(parse(argv)):
             raise ValueError(f"{run} holds a run with other settings: choose another --folder, or remove it")
         if (run / "pipeline" / "model_index.json").exists():
             return None
         argv = ["--resume", str(run)]
-    return Job(name, [sys.executable, "train.py", *argv], epochs, run)
+    return Job(run.name, [sys.executable, "train.py", *argv], run, epochs)
 
 
 def work_off(jobs: list[Job], title: str, options) -> None:
-    """Runs the commands, several at a time; ValueError with the last line of the first that fails."""
-    slots, running, waiting = list(range(options.jobs)), {}, list(jobs)
-    gpus = torch.cuda.device_count()
-    total = sum(job.epochs for job in jobs)
-    with tqdm(total=total or len(jobs), desc=title, unit="epoch" if total else "job") as bar:
-        while waiting or running:
-            while waiting and slots:
-                job, slot = waiting.pop(0), slots.pop()
-                environment = os.environ | {"OMP_NUM_THREADS": "1"}
-                if gpus:
-                    environment["CUDA_VISIBLE_DEVICES"] = str(slot % gpus)
-                log = (options.folder / "logs" / f"{job.name.replace(' ', '-')}.log").open("w")
-                running[slot] = job, log, subprocess.Popen(job.command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-            time.sleep(1)
-            for slot, (job, log, process) in list(running.items()):
-                if process.poll() is None:
-                    continue
+    """Runs commands, several at a time; ValueError with the last line of the first that fails, once the others have stopped."""
+    waiting, running, free, gpus = list(jobs), {}, list(range(options.jobs)), torch.cuda.device_count()
+    finished = 0
+    with tqdm(total=sum(job.epochs for job in jobs), desc=title, unit="epoch") as bar:
+        try:
+            while waiting or running:
+                while waiting and free:
+                    job, slot = waiting.pop(0), free.pop()
+                    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+                    if gpus:
+                        environment["CUDA_VISIBLE_DEVICES"] = str(slot % gpus)
+                    log = (options.folder / "logs" / f"{job.name}.log").open("w")
+                    process = subprocess.Popen(job.command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+                    running[slot] = job, log, process
+                time.sleep(1)
+                for slot, (job, log, process) in list(running.items()):
+                    if process.poll() is None:
+                        continue
+                    del running[slot]
+                    free.append(slot)
+                    log.close()
+                    finished += job.epochs
+                    if process.returncode:
+                        last = Path(log.name).read_text().strip().splitlines()[-1:]
+                        raise ValueError(f"{job.name} failed, see {log.name}: {' '.join(last)}")
+                bar.n = finished + sum(job.progress() for job, _, _ in running.values())
+                bar.set_postfix_str(", ".join(job.name for job, _, _ in running.values()))
+        except ValueError:
+            for _, _, process in running.values():
+                process.send_signal(signal.SIGINT)  # Ctrl-C reaches them without this
+            raise
+        finally:
+            for _, log, process in running.values():
+                process.wait()
                 log.close()
-                if process.returncode:
-                    last = Path(log.name).read_text().strip().splitlines()[-1:]
-                    raise ValueError(f"{job.name} failed, see {log.name}: {' '.join(last)}")
-                del running[slot]
-                slots.append(slot)
-            done = [job for job in jobs if job not in waiting and job not in [entry[0] for entry in running.values()]]
-            if total:
-                on_the_way = [entry[0].run for entry in running.values()]
-                bar.n = sum(j.epochs for j in done) + sum(
-                    read_metrics(r)[-1]["epoch"] for r in on_the_way if (r / "metrics.jsonl").exists()
-                )
-            else:
-                bar.n = len(done)
-            bar.set_postfix_str(", ".join(entry[0].name for entry in running.values())[:60])
 
 
 def learning_rates(pairs: set[tuple[str, str]], options) -> dict[tuple[str, str], str]:
     """For each (method, scale) the rate with the highest mean reward over the last quarter of a run; the search is recorded."""
-    trials = {(*pair, rate): f"search {' '.join(pair)} {rate}" for pair in sorted(pairs) for rate in LEARNING_RATES}
-    jobs = [training(name, m, scale, "", rate, SEARCH_SEED, options) for (m, scale, rate), name in trials.items()]
+    trials = [(*pair, rate) for pair in sorted(pairs) for rate in LEARNING_RATES]
+    jobs = [training(f"search {m} {scale} {rate}", m, scale, "", rate, SEARCH_SEED, options) for m, scale, rate in trials]
     work_off([job for job in jobs if job], "learning rates", options)
     scores = {}
-    for (method, scale, rate), name in trials.items():
-        rewards = [line["reward_mean"] for line in read_metrics(options.folder / name.replace(" ", "-"))[1:]]
+    for method, scale, rate in trials:
+        lines = read_metrics(run_folder(f"search {method} {scale} {rate}", SEARCH_SEED, options))[1:]
+        rewards = [line["reward_mean"] for line in lines]
         last = rewards[-max(1, len(rewards) // 4) :]
         scores.setdefault((method, scale), {})[rate] = sum(last) / len(last)
     chosen = {pair: max(by_rate, key=by_rate.get) for pair, by_rate in scores.items()}
     record = [
-        {
-            "method": m,
-            "scale": scale,
-            "flags": f"{SCALES[scale]} {METHODS[m, scale]}",
-            "reward": by_rate,
-            "chosen": chosen[m, scale],
-        }
-        for (m, scale), by_rate in scores.items()
+        {"method": m, "scale": s, "flags": f"{SCALES[s]} {METHODS[m, s]}", "reward": by_rate, "chosen": chosen[m, s]}
+        for (m, s), by_rate in scores.items()
     ]
     write(options.results / "learning-rates.json", {"seed": SEARCH_SEED, "results": record}, options)
     return chosen
@@ -284,12 +291,12 @@ def evaluation(scale: str, seed: int, models: dict[str, Path], options) -> Job:
     argv = [*EVALUATIONS[scale].split(), "--rewards", "toy-alignment", "toy-colourfulness", "--seed", str(seed)]
     argv += "--num_steps 5 --guidance_scale 1 --pictures 1".split()
     argv += ["--output_dir", str(evaluation_folder(scale, seed, options))]
-    return Job(f"evaluation {scale} {seed}", [sys.executable, "evaluate.py", "--models", *named, *argv])
+    return Job(f"evaluation-{scale}-{seed}", [sys.executable, "evaluate.py", "--models", *named, *argv])
 
 
 def models_of(name: str, seed: int, with_checkpoints: bool, options) -> dict[str, Path]:
     """A variant's result and, where asked for, the checkpoints it kept."""
-    run = options.folder / f"{name} {seed}".replace(" ", "-")
+    run = run_folder(name, seed, options)
     kept_on_the_way = checkpoint.all_checkpoints(run) if with_checkpoints else []
     return {f"{name}@{checkpoint.epoch_of(folder)}": folder for folder in kept_on_the_way} | {name: run}
 
@@ -307,7 +314,7 @@ def numbers(target: Target, seeds: list[int], chosen: dict, options) -> dict:
         settings[name] = f"{SCALES[scale]} {METHODS[method, scale]} {flags} --learning_rate {chosen[method, scale]}"
         runs[name] = {}
         for seed in seeds:
-            lines = read_metrics(options.folder / f"{name} {seed}".replace(" ", "-"))[1:]
+            lines = read_metrics(run_folder(name, seed, options))[1:]
             run = {key: [round(line[key], 5) for line in lines] for key in ("reward_mean", "kl_nats", "clip_fraction")}
             run["kept"] = kept(run["reward_mean"], run["reward_mean"][0])
             run["seconds"] = sum(sum(line["seconds"].values()) for line in lines)
@@ -340,7 +347,7 @@ def reproduce(names: list[str], options) -> None:
     jobs = []
     for name, seed in wanted:
         method, scale, flags = VARIANTS[name]
-        jobs.append(training(f"{name} {seed}", method, scale, flags, chosen[method, scale], seed, options))
+        jobs.append(training(name, method, scale, flags, chosen[method, scale], seed, options))
     work_off([job for job in jobs if job], "runs", options)
     output = str(options.results / "variance.json")
     jobs = [Job("variance", [sys.executable, "gradient_variance.py", "--output", output])] if "variance" in targets else []
@@ -378,7 +385,11 @@ def main(argv: list[str]) -> None:
     if options.jobs < 1 or options.lengthen <= 0 or min(options.seeds) < 0:
         parser.error("--jobs must be at least 1, --lengthen above 0 and --seeds at least 0")
     with processes.one_line_errors(ValueError, OSError):
-        reproduce(list(TARGETS) if "all" in options.targets else options.targets, options)
+        try:
+            reproduce(list(TARGETS) if "all" in options.targets else options.targets, options)
+        except KeyboardInterrupt:
+            processes.say("stopped; the same command goes on where it was")
+            sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The queue, the search and the figures of reproduce.py, on the small random-weight pipeline."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -46,7 +47,7 @@ def test_signal_of_gradients_made_by_hand():
 @pytest.fixture
 def tiny(monkeypatch, model_folder, tmp_path):
     """Runs of two epochs at one learning rate, on four prompts."""
-    shorter = "--prompts_per_epoch 2 --images_per_prompt 4 --keep_every 1"
+    shorter = "--prompts_per_epoch 2 --images_per_prompt 4 --save_every 1 --keep_every 1"
     monkeypatch.setattr(reproduce, "MODEL", str(model_folder))
     monkeypatch.setattr(reproduce, "SCALES", {"small": f"{reproduce.SCALES['small']} {shorter}"})
     monkeypatch.setattr(reproduce, "EPOCHS", {"small": 2})
@@ -73,15 +74,23 @@ def test_a_target_from_search_to_figure_and_nothing_twice(tiny, tmp_path, monkey
     assert f"--learning_rate {found['chosen']}" in result["settings"]["PRDP offline"]
     assert plots.np.asarray(plots.Image.open(tmp_path / "results" / "fig7.png")).std() > 5
 
-    def no_training(command, **_):
-        assert "evaluate.py" in command, command
-        return original(command, **_)
+    shutil.rmtree(tmp_path / "runs" / "evaluation-small-seed3")
+    shutil.rmtree(tmp_path / "runs" / "PRDP-3" / "pipeline")  # as if stopped before the end: this run only is taken up
+    began: list[str] = []
+
+    def note(command, **more):
+        began.append(command[1:])
+        return original(command, **more)
 
     original = reproduce.subprocess.Popen
-    monkeypatch.setattr(reproduce.subprocess, "Popen", no_training)
+    monkeypatch.setattr(reproduce.subprocess, "Popen", note)
     before = (tmp_path / "results" / "fig7.json").read_text()
     reproduce.main(tiny)
+    assert [c for c in began if c[0] == "train.py"] == [["train.py", "--resume", str(tmp_path / "runs" / "PRDP-3")]]
     assert (tmp_path / "results" / "fig7.json").read_text() == before
+    began.clear()
+    reproduce.main(tiny)
+    assert not [c for c in began if c[0] == "train.py"]
 
     monkeypatch.setattr(reproduce, "EPOCHS", {"small": 3})
     with pytest.raises(SystemExit) as stopped:
