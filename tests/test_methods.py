@@ -198,6 +198,17 @@ def test_method_runs_resumes_and_is_the_same_on_two_processes(method, model_fold
     assert metrics(two)[1]["reward_mean"] == pytest.approx(metrics(whole)[1]["reward_mean"], abs=1e-5)
 
 
+@pytest.mark.parametrize("form", ["eps_mse", "exact"])
+def test_dpok_divergence_holds_the_weights_back(form, model_folder, tmp_path):
+    """Only the divergence is left of the loss: from a policy that has moved, it leads back towards the reference."""
+    left = {}
+    for name, weight in (("free", "0.0001"), ("held", "10000")):
+        train.main(arguments("dpok", model_folder, tmp_path / name, tmp_path, "--kl_weight", weight, "--kl_form", form,
+                             "--critic", "False", "--updates_per_epoch", "12", "--epochs", "3"))  # fmt: skip
+        left[name] = metrics(tmp_path / name)[3]["kl_nats"]
+    assert 0 < left["held"] < left["free"] / 2
+
+
 def test_damaged_method_state(capsys, model_folder, tmp_path):
     run = tmp_path / "run"
     train.main(arguments("ddpo", model_folder, run, tmp_path, "--epochs", "1"))
