@@ -51,7 +51,7 @@ class Config:
     updates_per_epoch: int = setting(10, "K, gradient updates on each epoch's trajectories. With 1 the clip cannot act.")
     prompts_per_epoch: int = setting(32, "N, over all processes.")
     images_per_prompt: int = setting(16, "B.")
-    kl_weight: float = setting(3e-5, "beta, in reward per unit of log-ratio (the unit follows from the two reductions below).")
+    kl_weight: float = setting(3e-5, "beta, in reward per unit of log-ratio (see the two reductions); dpok's and d3po's beta.")
     clip_range: float = setting(1e-6, "epsilon of the stepwise clip (Eq. 20), in the unit of the log-probs.")
     log_prob_reduction: Literal["mean", "sum"] = setting("mean", "Log-probs over latent dimensions: mean (paper) or sum (nats).")
     step_reduction: Literal["mean", "sum"] = setting("mean", "Log-ratios over steps: mean (Appendix G) or sum (Eq. 10).")
@@ -64,7 +64,7 @@ class Config:
     statistics_min_count: int = setting(16, "ddpo: a prompt with fewer is normalised by the batch.")
     advantage_limit: float = setting(10.0, "ddpo: advantages are clamped to this.")
     score_function: bool = setting(False, "ddpo: REINFORCE instead of importance sampling; needs --updates_per_epoch 1.")
-    reward_weight: float = setting(10.0, "dpok: alpha, of the reward term.")
+    reward_scale: float = setting(10.0, "dpok: alpha, of the reward term.")
     steps_per_update: int = setting(32, "dpok: denoising steps in one update.")
     kl_form: Literal["eps_mse", "exact"] = setting("eps_mse", "dpok: the divergence of its released code, or the exact one.")
     critic: bool = setting(True, "dpok: subtract a learned value from the reward.")
@@ -180,7 +180,7 @@ def parse(argv: list[str]) -> Config:
         given, _ = first.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise ValueError(str(error)) from error
-    parser = Parser(Config, prog="train.py", description="PRDP training.", allow_abbrev=False)
+    parser = Parser(Config, prog="train.py", description="Finetuning by PRDP, DDPO, DPOK or D3PO.", allow_abbrev=False)
     if given.resume:
         saved = checkpoint.read_state(Path(given.resume))["config"]
         parser.set_defaults(**saved | {"resume": given.resume, "output_dir": given.resume})

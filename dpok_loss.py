@@ -18,7 +18,7 @@ def gaussian_kl(mu: Tensor, mu_ref: Tensor, sigma: Tensor) -> Tensor:
 
 def dpok_loss(
     log_probs: Tensor, log_probs_old: Tensor, kl: Tensor, rewards: Tensor, values: Tensor | float, *,
-    reward_weight: float, kl_weight: float, clip_range: float,
+    reward_scale: float, kl_weight: float, clip_range: float,
 ) -> Tensor:  # fmt: skip
     """-alpha mean[(r - V) clip(rho, 1 - eps, 1 + eps)] + beta mean[KL] -> scalar.
 
@@ -26,7 +26,7 @@ def dpok_loss(
     kl: of single steps, either exact (gaussian_kl) or as in the released code the squared difference of predicted noises.
     """
     ratio = (log_probs - log_probs_old).exp().clamp(1 - clip_range, 1 + clip_range)
-    return -reward_weight * ((rewards.unsqueeze(-1) - values) * ratio).mean() + kl_weight * kl.mean()
+    return -reward_scale * ((rewards.unsqueeze(-1) - values) * ratio).mean() + kl_weight * kl.mean()
 
 
 class Critic(nn.Module):

@@ -182,7 +182,7 @@ class DPOK(Method):
                 now, before, value = (table[entries].unsqueeze(-1) for table in (log_probs, old, values))
                 return dpok_loss(
                     now, before, torch.zeros(1), rewards, value,
-                    reward_weight=config.reward_weight, kl_weight=0.0, clip_range=config.clip_range,
+                    reward_scale=config.reward_scale, kl_weight=0.0, clip_range=config.clip_range,
                 )  # fmt: skip
 
             yield Update(entries, loss, config.kl_weight / number)

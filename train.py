@@ -1,4 +1,4 @@
-"""PRDP training: Algorithm 1 of arXiv 2402.08714v2, top to bottom.
+"""Training: Algorithm 1 of PRDP (arXiv 2402.08714v2), top to bottom, or with the updates of another --method in its lines 6-8.
 
     python train.py --preset toy                          # a laptop, minutes: the embedded model of toy_model.py
     torchrun --nproc_per_node=2 train.py --preset toy     # the same run on two processes (or GPUs, or machines)

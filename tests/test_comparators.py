@@ -157,7 +157,7 @@ def test_dpok_stationary_point():
         log_probs = Normal(shift, sigma).log_prob(x).view(1, -1, 1)
         rewards = (w * g * x * len(z)).view(1, -1)
         kl = gaussian_kl(shift, torch.zeros_like(shift), torch.full_like(shift, sigma)).view(1, 1, 1)
-        loss = dpok_loss(log_probs, log_probs.detach(), kl, rewards, 0.0, reward_weight=alpha, kl_weight=beta, clip_range=0.1)
+        loss = dpok_loss(log_probs, log_probs.detach(), kl, rewards, 0.0, reward_scale=alpha, kl_weight=beta, clip_range=0.1)
         assert (abs(gradient(loss, shift).item()) < 1e-9) == still
 
 
@@ -185,7 +185,7 @@ def test_dpok_a_baseline_of_the_state_changes_nothing_in_the_mean():
     for value in (0.0, 3.0, -7.0):
         log_probs = Normal(theta * x_t, 0.5).log_prob(theta.detach() * x_t + 0.5 * z).view(1, -1, 1)
         loss = dpok_loss(log_probs, log_probs.detach(), torch.zeros(1), torch.zeros(1, len(z)), value * w.view(1, -1, 1),
-                         reward_weight=1.0, kl_weight=0.0, clip_range=0.1)  # fmt: skip
+                         reward_scale=1.0, kl_weight=0.0, clip_range=0.1)  # fmt: skip
         assert gradient(loss, theta).item() == pytest.approx(0, abs=1e-12)
 
 
@@ -194,9 +194,7 @@ def test_dpok_at_the_pretrained_model_and_without_kl():
     kl = gaussian_kl(mu, mu.detach(), sigma)
     assert kl.abs().max() == 0 and gradient(kl.sum(), mu).abs().max() == 0
     log_probs, rewards = table(3, 4, 5).requires_grad_(), table(3, 4, seed=1)
-    loss = dpok_loss(
-        log_probs, log_probs.detach(), torch.zeros(1), rewards, 0.0, reward_weight=2.0, kl_weight=0.0, clip_range=0.1
-    )
+    loss = dpok_loss(log_probs, log_probs.detach(), torch.zeros(1), rewards, 0.0, reward_scale=2.0, kl_weight=0.0, clip_range=0.1)
     expected = 2.0 * gradient(score_function_loss(log_probs, rewards), log_probs)
     torch.testing.assert_close(gradient(loss, log_probs), expected)
 
@@ -204,7 +202,7 @@ def test_dpok_at_the_pretrained_model_and_without_kl():
 def test_dpok_loss_by_hand():
     log_probs = torch.tensor([[[0.0, 0.05]]])
     loss = dpok_loss(log_probs, torch.zeros(1, 1, 2), torch.tensor([[[0.3, 0.5]]]), torch.tensor([[3.0]]),
-                     torch.tensor([[[1.0, 2.0]]]), reward_weight=10.0, kl_weight=0.5, clip_range=0.1)  # fmt: skip
+                     torch.tensor([[[1.0, 2.0]]]), reward_scale=10.0, kl_weight=0.5, clip_range=0.1)  # fmt: skip
     assert loss.item() == pytest.approx(-10 * (2 * 1 + 1 * math.exp(0.05)) / 2 + 0.5 * 0.4)
 
 
@@ -212,7 +210,7 @@ def test_dpok_clamp_stops_both_directions():
     for moved in (0.2, -0.2):
         log_probs = torch.full((1, 1, 1), moved, requires_grad=True)
         loss = dpok_loss(log_probs, torch.zeros(1, 1, 1), torch.zeros(1), torch.ones(1, 1), 0.0,
-                         reward_weight=1.0, kl_weight=0.0, clip_range=0.1)  # fmt: skip
+                         reward_scale=1.0, kl_weight=0.0, clip_range=0.1)  # fmt: skip
         assert gradient(loss, log_probs) == 0
 
 

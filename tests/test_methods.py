@@ -75,7 +75,7 @@ def test_prdp_takes_all_entries_every_time(pipe):
 
 @pytest.mark.parametrize("critic", ["True", "False"])
 def test_dpok_takes_random_steps_and_subtracts_the_critic(pipe, critic):
-    epoch, settings, policy = an_epoch(pipe, *FLAGS["dpok"].split(), "--critic", critic, "--reward_weight", "2")
+    epoch, settings, policy = an_epoch(pipe, *FLAGS["dpok"].split(), "--critic", critic, "--reward_scale", "2")
     method = DPOK(settings, policy)
     updates = list(method.updates(epoch))
     assert len(updates) == 3
