@@ -204,10 +204,11 @@ def check(config: Config, world_size: int) -> None:
     if config.method not in METHODS:
         raise ValueError(f"unknown method {config.method!r}: use {', '.join(METHODS)}")
     whole = ("epochs", "updates_per_epoch", "prompts_per_epoch", "num_steps", "eval_every", "save_every")
-    for name in (*whole, "sample_batch_size", "log_prob_batch_size", "train_batch_size"):
+    of_methods = ("statistics_size", "statistics_min_count", "steps_per_update")
+    for name in (*whole, *of_methods, "sample_batch_size", "log_prob_batch_size", "train_batch_size"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
-    for name in ("kl_weight", "clip_range", "learning_rate", "max_grad_norm"):
+    for name in ("kl_weight", "clip_range", "learning_rate", "max_grad_norm", "advantage_limit", "reward_scale"):
         if not 0 < getattr(config, name) < float("inf"):
             raise ValueError(f"{name} must be a positive number, not {getattr(config, name)}")
     if config.score_function and config.updates_per_epoch > 1:

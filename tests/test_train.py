@@ -231,6 +231,8 @@ def test_wrong_settings(capsys, tmp_path, model_folder, monkeypatch):
             "clip_range must be below 1 for d3po",
         ),
         (["--method", "ddpo", "--score_function"], "score_function is for updates_per_epoch=1, not 3"),
+        (["--method", "ddpo", "--statistics_size", "0"], "statistics_size must be at least 1, not 0"),
+        (["--method", "ddpo", "--advantage_limit", "0"], "advantage_limit must be a positive number, not 0.0"),
         (["--reward_statistics", "none"], "invalid choice: 'none' (choose from"),
         (["--model", str(tmp_path)], "cannot load a pipeline from the folder"),
         (["--model", "/no/such/model"], "no model '/no/such/model': use toy"),
