@@ -37,7 +37,7 @@ from scores import Results
 
 MODEL = "toy"
 SEARCH_SEED = 100
-LEARNING_RATES = ("3e-5", "1e-4", "3e-4")
+LEARNING_RATES = ("1e-5", "3e-5", "1e-4", "3e-4")
 
 # The same prompts, pictures and reward queries for all methods, and the same seeds in evaluation.
 SCALES = {
