@@ -235,7 +235,7 @@ def describe(config: Config, world_size: int, policy: Policy, prompts: list[str]
     local, micro = n * b * steps // world_size, config.train_batch_size
     lines = [
         f"{n} of {len(prompts)} prompts x {b} images = {n * b} trajectories x {steps} steps = {n * b * steps} log-probs an epoch",
-        f"{n} prompts x {b * (b - 1) // 2} = {n * b * (b - 1) // 2} pairs in the loss",
+        *([f"{n} prompts x {b * (b - 1) // 2} = {n * b * (b - 1) // 2} pairs in the loss"] if config.method == "prdp" else []),
         f"{world_size} processes x {n // world_size} prompts = {local} log-probs each = {local // micro} micro-batches of {micro}"
         + (f" and one of {local % micro}" if local % micro else ""),
         f"{config.epochs} epochs x {k} updates = {config.epochs * k} updates"
