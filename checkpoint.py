@@ -34,7 +34,10 @@ def save(
     save_tensors({name: parameter.detach() for name, parameter in parameters.items()}, unfinished / "weights.safetensors")
     state = optimizer.state_dict()["state"]
     save_tensors({f"{i}.{k}": v for i, entry in state.items() for k, v in entry.items()}, unfinished / "optimizer.safetensors")
-    torch.save(method, unfinished / "method.pt")
+    try:
+        torch.save(method, unfinished / "method.pt")
+    except RuntimeError as error:  # what torch makes of a full disk
+        raise OSError(f"cannot write {unfinished / 'method.pt'}: {error}") from error
     (unfinished / "state.json").write_text(json.dumps({"epoch": epoch, "config": config}, indent=1))
     older = all_checkpoints(run)
     os.replace(unfinished, folder)

@@ -52,7 +52,7 @@ class Config:
     prompts_per_epoch: int = setting(32, "N, over all processes.")
     images_per_prompt: int = setting(16, "B.")
     kl_weight: float = setting(3e-5, "beta, in reward per unit of log-ratio (see the two reductions); dpok's and d3po's beta.")
-    clip_range: float = setting(1e-6, "epsilon of the stepwise clip (Eq. 20), in the unit of the log-probs.")
+    clip_range: float = setting(1e-6, "epsilon of the stepwise clip, in the unit of log-probs (Eq. 20), or of ratios around 1.")
     log_prob_reduction: Literal["mean", "sum"] = setting("mean", "Log-probs over latent dimensions: mean (paper) or sum (nats).")
     step_reduction: Literal["mean", "sum"] = setting("mean", "Log-ratios over steps: mean (Appendix G) or sum (Eq. 10).")
     shared_x_T: bool = setting(False, "The images of a prompt start from the same x_T. NOT IN PAPER: makes Eq. 9 exact.")
@@ -121,14 +121,15 @@ PRESETS: dict[str, dict] = {
     "aesthetic-kl": dict(
         prompts="animals-bare", eval_prompts="animals-bare", reward=["aesthetic"], epochs=250, kl_weight=1.0,
     ),
-    # The comparators, each with its paper's settings. ImageReward, DPOK's reward, is not among ours.
+    # The comparators, each with its paper's settings (DPOK's for several prompts). ImageReward, for which DPOK's alpha and beta
+    # were chosen, is not among our rewards: scale them to yours.
     "ddpo": dict(
         method="ddpo", prompts="animals-bare", eval_prompts="animals-bare", reward=["aesthetic"], epochs=200, updates_per_epoch=4,
         prompts_per_epoch=32, images_per_prompt=8, clip_range=1e-4,
     ),
     "dpok": dict(
         method="dpok", model="stable-diffusion-v1-5/stable-diffusion-v1-5", lora_rank=4, guidance_scale=7.5, epochs=2000,
-        updates_per_epoch=5, prompts_per_epoch=1, images_per_prompt=10, kl_weight=0.01, clip_range=1e-4, max_grad_norm=0.1,
+        updates_per_epoch=5, prompts_per_epoch=45, images_per_prompt=1, kl_weight=0.001, clip_range=1e-4, max_grad_norm=0.1,
         weight_decay=0.0, eval_every=100, save_every=100,
     ),
     "d3po": dict(
@@ -208,7 +209,9 @@ def check(config: Config, world_size: int) -> None:
     for name in (*whole, *of_methods, "sample_batch_size", "log_prob_batch_size", "train_batch_size"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
-    for name in ("kl_weight", "clip_range", "learning_rate", "max_grad_norm", "advantage_limit", "reward_scale"):
+    ablation = config.method == "dpok" and config.kl_weight == 0
+    positive = ("clip_range", "learning_rate", "max_grad_norm", "advantage_limit", "reward_scale")
+    for name in positive if ablation else ("kl_weight", *positive):
         if not 0 < getattr(config, name) < float("inf"):
             raise ValueError(f"{name} must be a positive number, not {getattr(config, name)}")
     if config.score_function and config.updates_per_epoch > 1:
@@ -217,8 +220,17 @@ def check(config: Config, world_size: int) -> None:
         raise ValueError("d3po compares pairs from the same x_T: use --shared_x_T and an even --images_per_prompt")
     if config.method == "d3po" and config.clip_range >= 1:
         raise ValueError(f"clip_range must be below 1 for d3po, which clips a ratio, not {config.clip_range}")
-    if config.images_per_prompt < 2:
+    if config.images_per_prompt < (2 if config.method in ("prdp", "d3po") else 1):
         raise ValueError(f"images_per_prompt must be at least 2, not {config.images_per_prompt}: the loss needs pairs")
+    parts = config.prompts_per_epoch * config.images_per_prompt // (2 if config.method == "d3po" else 1)
+    if config.method in ("ddpo", "d3po") and config.updates_per_epoch > parts:
+        raise ValueError(
+            f"updates_per_epoch={config.updates_per_epoch}: {config.method} has only {parts} disjoint parts of an epoch"
+        )
+    if config.method in ("ddpo", "dpok") and config.offline:
+        raise ValueError(f"offline: {config.method} is for pictures that theta_old has drawn; use prdp or d3po")
+    if config.method == "dpok" and config.reference_on_cpu:
+        raise ValueError("reference_on_cpu: dpok asks the reference at every step; use lora_rank, which needs no second UNet")
     if config.prompts_per_epoch % world_size:
         raise ValueError(f"prompts_per_epoch={config.prompts_per_epoch} cannot be shared evenly by {world_size} processes")
     for name in ("lora_rank", "keep_every", "seed"):
@@ -243,7 +255,7 @@ def describe(config: Config, world_size: int, policy: Policy, prompts: list[str]
         f"{config.epochs} epochs x {n * b} = {config.epochs * n * b} reward queries",
         f"log-probs are {'means over' if config.log_prob_reduction == 'mean' else 'sums over'} D = {size} latent dimensions: "
         f"clip_range {config.clip_range:g} is {config.clip_range * policy.in_nats:.3g} nats a step"
-        + ("; with one update per epoch the clip cannot act" if k == 1 else ""),
+        + ("; with one update per epoch the clip cannot act" if k == 1 and config.method != "d3po" else ""),
     ]
     if truncated:
         lines.append(

@@ -174,7 +174,7 @@ def score_set(
 def predict(
     config: EvaluationConfig, results: Results, model: Model, opened: Callable, base: Callable, set_name: str, prompts: list[str]
 ) -> None:
-    """Predicted (beta log pi_theta/pi_ref) and actual reward of some of the pictures that were scored (Eq. 10-13), to disk.
+    """Of PRDP, predicted (beta log pi_theta/pi_ref) and actual reward of some of the pictures scored (Eq. 10-13), to disk.
 
     The trajectories are drawn once more, by their names the same. Leaves out checkpoints, models that were not trained here, and
     those whose training reward was not evaluated. opened, base: functions that open the model's and the reference's pipeline.
@@ -185,7 +185,7 @@ def predict(
     )
     parts = parse_weighted(model.run["reward"]) if model.run else []
     number, B = min(config.predicted, len(prompts)), min(config.images_per_prompt, 8)
-    known = parts and model.epoch is None and all(name in config.rewards for name, _ in parts)
+    known = parts and model.run["method"] == "prdp" and model.epoch is None and all(name in config.rewards for name, _ in parts)
     if file.exists() or not known or B < 2 or number < 1:
         return
     pipe, rhat = opened(), []

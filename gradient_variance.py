@@ -1,4 +1,4 @@
-"""Variance of each method's gradient at equal samples: independent epochs at unchanged weights, a whole epoch in one update.
+"""Variance of each method's gradient at equal samples: many epochs at unchanged weights, each a single update.
 
     python gradient_variance.py --output results/reproduce/variance.json --epochs 32
 
@@ -7,6 +7,7 @@ The cosine of the gradients of two epochs is what a learning rate can build on: 
 """
 
 import argparse
+import copy
 import json
 import math
 import sys
@@ -29,6 +30,7 @@ from train import score
 from trainable import make_trainable, trained_parameters
 
 ALL = "--preset toy --prompts toy-small --prompts_per_epoch 8 --images_per_prompt 8 --updates_per_epoch 1 --steps_per_update 256"
+WARM_UP = 8
 VARIANTS = {
     "PRDP": "--method prdp",
     "PRDP, shared x_T": "--method prdp --shared_x_T",
@@ -41,11 +43,19 @@ VARIANTS = {
 
 
 def gradients(config: Config, policy: Policy, pipe, trained: dict, epochs: int, bar: tqdm) -> torch.Tensor:
-    """The first update's gradient of several epochs, all at the pretrained weights -> (epochs, number of weights)."""
+    """The first update's gradient of several epochs, all at the pretrained weights -> (epochs, number of weights).
+
+    In WARM_UP further epochs DDPO's statistics fill and DPOK's critic learns; every measured epoch starts from that state.
+    """
     N, B = config.prompts_per_epoch, config.images_per_prompt
     reward, prompts = load_rewards(config.reward, [], policy.unet.device), load_prompts(config.prompts)
     method, collected = locate(METHODS[config.method])(config, policy), []
-    for epoch in range(epochs):
+    method.CRITIC_UPDATES = 200  # of DPOK; later 0
+    for epoch in range(WARM_UP + epochs):
+        if epoch == WARM_UP:
+            method.CRITIC_UPDATES, warm = 0, copy.deepcopy(method.state())
+        if epoch >= WARM_UP:
+            method.load_state(copy.deepcopy(warm))
         drawn = draw_prompts(prompts, N, epoch, config.seed)
         cond = {k: v.repeat_interleave(B, 0) for k, v in encode_prompts(pipe, drawn).items()}
         names = [(config.seed, epoch, n, b) for n in range(N) for b in range(B)]
@@ -53,12 +63,14 @@ def gradients(config: Config, policy: Policy, pipe, trained: dict, epochs: int, 
         rewards = score(pipe, batch.latents[:, -1], [p for p in drawn for _ in range(B)], reward, config).view(N, B)
         old = log_prob_table(policy, batch.latents, cond, config.log_prob_batch_size).view(N, B, -1)
         update = next(method.updates(Epoch(drawn, rewards, old, old, batch.latents, cond, seed=epoch)))
+        bar.update()
+        if epoch < WARM_UP:
+            continue
         table = old.clone().requires_grad_()
         (table_grad,) = torch.autograd.grad(update.loss(table), table)  # DPOK's divergence from the reference has none here
         backward_through_table(policy, batch.latents, cond, table_grad.flatten(0, 1), config.train_batch_size)
         collected.append(torch.cat([p.grad.flatten() for p in trained.values() if p.grad is not None]).cpu())
         pipe.unet.zero_grad()
-        bar.update()
     return torch.stack(collected)
 
 
@@ -91,7 +103,7 @@ def main(argv: list[str]) -> None:
     with processes.one_line_errors(ValueError, OSError):
         device = processes.start()
         rows = {}
-        with tqdm(total=len(VARIANTS) * arguments.epochs, desc="gradients", unit="epoch") as bar:
+        with tqdm(total=len(VARIANTS) * (WARM_UP + arguments.epochs), desc="gradients", unit="epoch") as bar:
             for name, flags in VARIANTS.items():
                 config = parse([*ALL.split(), *flags.split()])
                 pipe = load_pipeline(config.model, device)

@@ -16,7 +16,7 @@ from d3po_loss import d3po_loss
 from ddpo_loss import PromptStatistics, batch_advantages, importance_sampling_loss, score_function_loss
 from dpok_loss import Critic, dpok_loss
 from pipeline import Embeddings
-from processes import RANK, WORLD_SIZE, sum_gradients, together
+from processes import RANK, sum_gradients, together
 from rdp_loss import prdp_loss
 from sampler import Policy, noisy_steps
 
@@ -129,7 +129,8 @@ class D3PO(Method):
 class DPOK(Method):
     """K updates, each on steps drawn at random from all trajectories of the epoch; the critic is trained first.
 
-    NOT IN PAPER: the released code draws from the last 1000 steps, those of about two rounds, here it is the last round.
+    NOT IN PAPER: the released code draws from the last 1000 steps, those of about two rounds, with replacement; here it is from
+    the last round, without. The critic's text is the mean of the token states.
     """
 
     CRITIC_UPDATES, CRITIC_BATCH, CRITIC_LEARNING_RATE = 5, 256, 1e-4
@@ -150,27 +151,28 @@ class DPOK(Method):
         x_t = epoch.latents[rows, self.steps[columns]].to(self.device, torch.float32)
         return self.critic(x_t, text[rows.to(text.device)].to(self.device, torch.float32), columns.to(self.device))
 
-    def train_critic(self, epoch: Epoch, rewards: Tensor) -> None:
-        """Squared error of V to the final reward, on random steps; every process gives its share of the batch."""
-        generator = torch.Generator().manual_seed(epoch.seed + RANK)
+    def train_critic(self, epoch: Epoch) -> None:
+        """Squared error of V to the final reward, on random steps of all trajectories; every process takes those it holds."""
+        generator, held = torch.Generator().manual_seed(epoch.seed), len(epoch.latents)
         for _ in range(self.CRITIC_UPDATES):
-            rows = torch.randint(len(rewards), (self.CRITIC_BATCH // WORLD_SIZE,), generator=generator)
-            columns = torch.randint(len(self.steps), rows.shape, generator=generator)
+            rows = torch.randint(epoch.rewards.numel(), (self.CRITIC_BATCH,), generator=generator)
+            columns = torch.randint(len(self.steps), (self.CRITIC_BATCH,), generator=generator)
+            mine = rows // held == RANK
             self.optimizer.zero_grad()
-            error = self.value(epoch, torch.stack([rows, columns], 1)) - rewards[rows].to(self.device)
-            (error**2).mean().backward()
-            sum_gradients(self.critic.parameters(), 1 / WORLD_SIZE)
+            values = self.value(epoch, torch.stack([rows[mine] % held, columns[mine]], 1))
+            error = values - epoch.rewards.flatten()[rows[mine]].to(values)
+            ((error**2).sum() / self.CRITIC_BATCH).backward()
+            sum_gradients(self.critic.parameters())
             self.optimizer.step()
 
     def updates(self, epoch: Epoch) -> Iterator[Update]:
         config, old = self.config, epoch.log_probs_old
         values = torch.zeros_like(old)
         if config.critic:
-            rows = len(epoch.latents)
-            self.train_critic(epoch, epoch.rewards.flatten()[RANK * rows : (RANK + 1) * rows])
+            self.train_critic(epoch)
+            every = torch.ones(len(epoch.latents), len(self.steps)).nonzero().split(self.CRITIC_BATCH)
             with torch.no_grad():
-                every = torch.ones(rows, len(self.steps)).nonzero()
-                values = together(lambda: self.value(epoch, every).cpu()).view_as(old).to(old)
+                values = together(lambda: torch.cat([self.value(epoch, part) for part in every])).view_as(old).to(old)
         order = epoch.shuffled(old.numel())
         number = min(config.steps_per_update, len(order))
         for k in range(config.updates_per_epoch):

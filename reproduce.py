@@ -37,7 +37,7 @@ from scores import Results
 
 MODEL = "toy"
 SEARCH_SEED = 100
-LEARNING_RATES = ("1e-5", "3e-5", "1e-4", "3e-4")
+LEARNING_RATES = ("1e-5", "3e-5", "1e-4", "3e-4", "1e-3")
 
 # The same prompts, pictures and reward queries for all methods, and the same seeds in evaluation.
 SCALES = {
@@ -49,26 +49,32 @@ EVALUATIONS = {
     "small": "--prompts toy-small --images_per_prompt 16",
     "large": "--prompts toy-train:128 toy-heldout-one toy-heldout-two --images_per_prompt 4",
 }
-# Updates as in each method's paper. Clip ranges are the papers' in nats: times 64, for D = 256 instead of 16384. D3PO's, of over
-# 1000 nats, cannot act there and cannot here.
+# Updates as in each method's paper, but for PRDP's passes at the small scale, 4 instead of 10. Clip ranges are the papers' in nats:
+# times 64, for D = 256 instead of 16384. D3PO's is as wide as it can be: its 0.1 spans over 3000 nats there.
 METHODS = {
     ("prdp", "small"): "--method prdp --updates_per_epoch 4 --clip_range 6.4e-5",
+    ("prdp unclipped", "small"): "--method prdp --updates_per_epoch 4 --clip_range 1e9",
     ("prdp", "large"): "--method prdp --updates_per_epoch 1 --clip_range 6.4e-3",
     ("ddpo", "small"): "--method ddpo --updates_per_epoch 4 --clip_range 6.4e-3",
     ("ddpo", "large"): "--method ddpo --updates_per_epoch 4 --clip_range 6.4e-3",
-    ("dpok", "small"): "--method dpok --updates_per_epoch 5 --clip_range 6.4e-3 --max_grad_norm 0.1 --weight_decay 0",
+    (
+        "dpok",
+        "small",
+    ): "--method dpok --updates_per_epoch 5 --clip_range 6.4e-3 --kl_weight 1e-3 --max_grad_norm 0.1 --weight_decay 0",
     ("d3po", "small"): "--method d3po --updates_per_epoch 8 --shared_x_T --clip_range 0.9 --kl_weight 1.6e-3",
 }
 COLOUR = "--reward toy-colourfulness --kl_weight"
 VARIANTS: dict[str, tuple[str, str, str]] = {  # name: method, scale and what is changed
     "PRDP": ("prdp", "small", ""),
     "PRDP unclipped": ("prdp", "small", "--clip_range 1e9"),
+    "PRDP unclipped, own rate": ("prdp unclipped", "small", ""),
     "PRDP offline": ("prdp", "small", "--offline"),
     "PRDP shared x_T": ("prdp", "small", "--shared_x_T"),
     "DDPO": ("ddpo", "small", ""),
     "DDPO unclipped": ("ddpo", "small", "--clip_range 1e9"),
     "DDPO batch statistics": ("ddpo", "small", "--reward_statistics batch"),
     "DPOK": ("dpok", "small", ""),
+    "DPOK without critic": ("dpok", "small", "--critic False"),
     "D3PO": ("d3po", "small", ""),
     "PRDP large": ("prdp", "large", ""),
     "PRDP large shared x_T": ("prdp", "large", "--shared_x_T"),
@@ -100,13 +106,6 @@ class Target:
 def smoothed(curve: list[float], width: int = 5) -> list[float]:
     """Mean over the last `width` epochs at each."""
     return [sum(part) / len(part) for part in (curve[max(0, i + 1 - width) : i + 1] for i in range(len(curve)))]
-
-
-def kept(curve: list[float], start: float) -> float:
-    """The share of a run's best gain over its start that is left at its end; 0 if it never gained or lost more than it had."""
-    curve = smoothed(curve)
-    best = max(curve) - start
-    return max(0.0, (curve[-1] - start) / best) if best > 0 else 0.0
 
 
 def draw_curves(panels: dict[str, list[str]], result: dict, path: Path) -> None:
@@ -156,13 +155,13 @@ TARGETS = {
     "fig3": Target(
         "Fig. 3, Table 5: clipping",
         {
-            "PRDP, small scale": ["PRDP", "PRDP unclipped"],
+            "PRDP, small scale": ["PRDP", "PRDP unclipped", "PRDP unclipped, own rate"],
             "DDPO, small scale": ["DDPO", "DDPO unclipped"],
             LARGE: ["PRDP large", "DDPO large", "DDPO large unclipped"],
         },
         draw_curves, pictures=True,
     ),
-    "table1": Target("Table 1: small scale", {SMALL: ["PRDP", "DDPO", "DPOK", "D3PO"]}, draw_scores),
+    "table1": Target("Table 1: small scale", {SMALL: ["PRDP", "DDPO", "DPOK", "DPOK without critic", "D3PO"]}, draw_scores),
     "table2": Target("Table 2: large scale", {LARGE: ["PRDP large", "DDPO large", "DDPO large own statistics"]}, draw_scores),
     "fig7": Target("Fig. 7: online and offline", {SMALL: ["PRDP", "PRDP offline"]}, draw_over_checkpoints, checkpoints=True),
     "fig8": Target(
@@ -203,7 +202,7 @@ class Job:
 
 
 def run_folder(name: str, seed: int, options) -> Path:
-    return options.folder / f"{name} {seed}".replace(" ", "-")
+    return options.folder / f"{name} {seed}".replace(",", "").replace(" ", "-")
 
 
 def training(name: str, method: str, scale: str, flags: str, rate: str, seed: int, options) -> Job | None:
@@ -273,11 +272,13 @@ def learning_rates(pairs: set[tuple[str, str]], options) -> dict[tuple[str, str]
         last = rewards[-max(1, len(rewards) // 4) :]
         scores.setdefault((method, scale), {})[rate] = sum(last) / len(last)
     chosen = {pair: max(by_rate, key=by_rate.get) for pair, by_rate in scores.items()}
-    record = [
+    file = options.results / "learning-rates.json"
+    others = json.loads(file.read_text())["results"] if file.exists() else []
+    record = [row for row in others if (row["method"], row["scale"]) not in pairs] + [
         {"method": m, "scale": s, "flags": f"{SCALES[s]} {METHODS[m, s]}", "reward": by_rate, "chosen": chosen[m, s]}
         for (m, s), by_rate in scores.items()
     ]
-    write(options.results / "learning-rates.json", {"seed": SEARCH_SEED, "results": record}, options)
+    write(file, {"seed": SEARCH_SEED, "results": record}, options)
     return chosen
 
 
@@ -316,14 +317,14 @@ def numbers(target: Target, seeds: list[int], chosen: dict, options) -> dict:
         for seed in seeds:
             lines = read_metrics(run_folder(name, seed, options))[1:]
             run = {key: [round(line[key], 5) for line in lines] for key in ("reward_mean", "kl_nats", "clip_fraction")}
-            run["kept"] = kept(run["reward_mean"], run["reward_mean"][0])
             run["seconds"] = sum(sum(line["seconds"].values()) for line in lines)
             runs[name][seed] = run
     for scale in dict.fromkeys(VARIANTS[name][1] for name in target.variants):
         for seed in seeds:
             rows = json.loads((evaluation_folder(scale, seed, options) / "results.json").read_text())["results"]
             for row in rows:
-                if row["model"] == "base" or row["model"].partition("@")[0] in target.variants:
+                name, at, _ = row["model"].partition("@")
+                if name == "base" or (name in target.variants and (target.checkpoints or not at)):
                     of_set = scores.setdefault(row["model"], {}).setdefault(seed, {}).setdefault(row["prompts"], {})
                     of_set[row["reward"]] = {"mean": row["mean"], "standard_error": row["standard_error"]}
                     of_set["diversity"] = row["diversity"]
@@ -381,7 +382,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/reproduce"), help="where runs and evaluations lie")
     parser.add_argument("--results", type=Path, default=Path("results/reproduce"), help="where JSON files and pictures go")
     options = parser.parse_args(argv)
-    options.argv = argv
+    options.argv, options.seeds = argv, list(dict.fromkeys(options.seeds))
     if options.jobs < 1 or options.lengthen <= 0 or min(options.seeds) < 0:
         parser.error("--jobs must be at least 1, --lengthen above 0 and --seeds at least 0")
     with processes.one_line_errors(ValueError, OSError):

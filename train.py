@@ -24,7 +24,7 @@ from tqdm import tqdm
 import checkpoint
 import plots
 import processes
-from config import METHODS, Config, check, describe, describe_rounding, parse
+from config import METHODS, PRESETS, Config, check, describe, describe_rounding, parse
 from methods import Epoch
 from pipeline import count_truncated, decode_latents, encode_prompts, load_pipeline
 from processes import RANK, WORLD_SIZE, say, together, uninterrupted
@@ -146,7 +146,9 @@ def train(
                 lap("update")
                 log_probs = log_probs.detach()
                 rhat = log_ratio(log_probs, log_probs_ref, config.step_reduction)
-                correlation, slope = prediction_quality(rhat, rewards, config.kl_weight)
+                correlation, slope = (
+                    prediction_quality(rhat, rewards, config.kl_weight) if config.method == "prdp" else (None, None)
+                )
                 line = {
                     "epoch": completed,
                     "reward_mean": rewards.mean().item(),
@@ -223,7 +225,7 @@ def evaluate(config: Config, run: Path, completed: int, pipe, policy: Policy, pr
 def load(config: Config, device: torch.device) -> tuple[list[str], list[str], Reward, DiffusionPipeline]:
     """Prompts, evaluation prompts, reward and pipeline; ValueError saying what is missing and what would need no download."""
     try:
-        if config.model == Config.model and device.type == "cpu":
+        if device.type == "cpu" and config.model == Config(**PRESETS[config.preset]).model != "toy":
             raise ValueError(f"preset {config.preset} finetunes {config.model}, for which a CUDA GPU is missing")
         prompts = load_prompts(config.prompts, config.prompts_dir)
         eval_prompts = load_prompts(config.eval_prompts, config.prompts_dir) if config.eval_prompts else []

@@ -101,7 +101,7 @@ def test_dpok_critic_learns_the_reward(pipe):
 
     before = error()
     for _ in range(40):
-        method.train_critic(epoch, epoch.rewards.flatten().float())
+        method.train_critic(epoch)
     assert error() < before / 4
 
 
@@ -193,16 +193,26 @@ def test_method_runs_resumes_and_is_the_same_on_two_processes(method, model_fold
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     moved_by_two = torch.cat([(weights(two)[n] - t).flatten() for n, t in start.items()])
-    # DPOK's critic meets other random steps on other processes; Adam's first steps on rounding: see test_two_processes_equal_one.
-    assert (moved_by_two - moved).norm() < (0.5 if method == "dpok" else 0.1) * moved.norm()
+    assert (moved_by_two - moved).norm() < 0.1 * moved.norm()  # Adam's first steps on rounding: see test_two_processes_equal_one
     assert metrics(two)[1]["reward_mean"] == pytest.approx(metrics(whole)[1]["reward_mean"], abs=1e-5)
+
+
+def test_dpok_with_adapters_and_checkpointing_has_the_same_gradient_without(model_folder, tmp_path):
+    """The adapters are off for the reference between a step's forward and backward pass; that must not disturb either."""
+    norms = {}
+    for flags in ((), ("--gradient_checkpointing", "--train_batch_size", "3")):
+        run = tmp_path / f"run{len(flags)}"
+        train.main(arguments("dpok", model_folder, run, tmp_path, "--lora_rank", "2", "--kl_weight", "100", *flags))
+        norms[flags] = [line["grad_norm"] for line in metrics(run)[1:]]
+    one, other = norms.values()
+    assert one == pytest.approx(other, rel=1e-2) and one[1] > 0
 
 
 @pytest.mark.parametrize("form", ["eps_mse", "exact"])
 def test_dpok_divergence_holds_the_weights_back(form, model_folder, tmp_path):
     """Only the divergence is left of the loss: from a policy that has moved, it leads back towards the reference."""
     left = {}
-    for name, weight in (("free", "0.0001"), ("held", "10000")):
+    for name, weight in (("free", "0"), ("held", "10000")):
         train.main(arguments("dpok", model_folder, tmp_path / name, tmp_path, "--kl_weight", weight, "--kl_form", form,
                              "--critic", "False", "--updates_per_epoch", "12", "--epochs", "3"))  # fmt: skip
         left[name] = metrics(tmp_path / name)[3]["kl_nats"]

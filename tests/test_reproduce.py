@@ -13,11 +13,7 @@ import reproduce
 from config import check
 
 
-def test_kept_is_the_share_of_the_best_gain():
-    assert reproduce.kept([0.0] * 5 + [1.0] * 5, 0.0) == 1
-    assert reproduce.kept([0.0] * 5 + [1.0] * 5 + [0.25] * 5, 0.0) == pytest.approx(0.25)
-    assert reproduce.kept([0.5] * 5 + [1.0] * 5 + [0.0] * 5, 0.5) == 0  # lost more than it had gained
-    assert reproduce.kept([0.5, 0.4, 0.3], 0.5) == 0
+def test_smoothed_is_the_mean_of_the_last_epochs():
     assert reproduce.smoothed([0.0, 2.0, 4.0], 2) == [0.0, 1.0, 3.0]
 
 
