@@ -49,8 +49,8 @@ EVALUATIONS = {
     "small": "--prompts toy-small --images_per_prompt 16",
     "large": "--prompts toy-train:128 toy-heldout-one toy-heldout-two --images_per_prompt 4",
 }
-# Updates as in each method's paper, but for PRDP's passes at the small scale, 4 instead of 10. Clip ranges are theirs in nats: times
-# 64, for D = 256 instead of 16384. D3PO's is as wide as it can be: its 0.1 spans over 3000 nats there.
+# Updates as in each method's paper, but for PRDP's passes at the small scale, 4 instead of 10. Clip ranges are theirs in nats:
+# times 64, for D = 256 instead of 16384. D3PO's is as wide as it can be: its 0.1 spans over 3000 nats there.
 METHODS = {
     ("prdp", "small"): "--method prdp --updates_per_epoch 4 --clip_range 6.4e-5",
     ("prdp unclipped", "small"): "--method prdp --updates_per_epoch 4 --clip_range 1e9",
