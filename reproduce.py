@@ -37,7 +37,7 @@ from scores import Results
 
 MODEL = "toy"
 SEARCH_SEED = 100
-LEARNING_RATES = ("1e-5", "3e-5", "1e-4", "3e-4", "1e-3")
+LEARNING_RATES = ("3e-6", "1e-5", "3e-5", "1e-4", "3e-4", "1e-3", "3e-3")  # the search begins with the three in the middle
 
 # The same prompts, pictures and reward queries for all methods, and the same seeds in evaluation.
 SCALES = {
@@ -260,18 +260,24 @@ def work_off(jobs: list[Job], title: str, options) -> None:
                 log.close()
 
 
-def learning_rates(pairs: set[tuple[str, str]], options) -> dict[tuple[str, str], str]:
-    """For each (method, scale) the rate with the highest mean reward over the last quarter of a run; the search is recorded."""
-    trials = [(*pair, rate) for pair in sorted(pairs) for rate in LEARNING_RATES]
-    jobs = [training(f"search {m} {scale} {rate}", m, scale, "", rate, SEARCH_SEED, options) for m, scale, rate in trials]
-    work_off([job for job in jobs if job], "learning rates", options)
-    scores = {}
-    for method, scale, rate in trials:
-        lines = read_metrics(run_folder(f"search {method} {scale} {rate}", SEARCH_SEED, options))[1:]
-        rewards = [line["reward_mean"] for line in lines]
-        last = rewards[-max(1, len(rewards) // 4) :]
-        scores.setdefault((method, scale), {})[rate] = sum(last) / len(last)
-    chosen = {pair: max(by_rate, key=by_rate.get) for pair, by_rate in scores.items()}
+def learning_rates(pairs: list[tuple[str, str]], options) -> dict[tuple[str, str], str]:
+    """For each (method, scale) the rate with the highest mean reward over the last quarter of a run; the search is recorded.
+
+    From three rates on, the neighbours of the best are tried until it lies between two worse ones.
+    """
+    scores: dict[tuple[str, str], dict[str, float]] = {pair: {} for pair in pairs}
+    wanted = [(*pair, rate) for pair in pairs for rate in LEARNING_RATES[2:5]]
+    while wanted:
+        jobs = [training(f"search {m} {scale} {rate}", m, scale, "", rate, SEARCH_SEED, options) for m, scale, rate in wanted]
+        work_off([job for job in jobs if job], "learning rates", options)
+        for method, scale, rate in wanted:
+            lines = read_metrics(run_folder(f"search {method} {scale} {rate}", SEARCH_SEED, options))[1:]
+            last = [line["reward_mean"] for line in lines[-max(1, len(lines) // 4) :]]
+            scores[method, scale][rate] = sum(last) / len(last)
+        best = {pair: LEARNING_RATES.index(max(by_rate, key=by_rate.get)) for pair, by_rate in scores.items()}
+        around = [(*pair, rate) for pair, i in best.items() for rate in LEARNING_RATES[max(0, i - 1) : i + 2]]
+        wanted = [(m, scale, rate) for m, scale, rate in around if rate not in scores[m, scale]]
+    chosen = {pair: LEARNING_RATES[i] for pair, i in best.items()}
     file = options.results / "learning-rates.json"
     others = json.loads(file.read_text())["results"] if file.exists() else []
     record = [row for row in others if (row["method"], row["scale"]) not in pairs] + [
@@ -343,7 +349,8 @@ def reproduce(names: list[str], options) -> None:
     toy_model.ensure()
     targets = {name: TARGETS[name] for name in names}
     variants = list(dict.fromkeys(name for target in targets.values() for name in target.variants))
-    chosen = learning_rates({VARIANTS[name][:2] for name in variants}, options)
+    pairs = list(dict.fromkeys(VARIANTS[name][:2] for name in variants))
+    chosen = learning_rates(pairs, options) if pairs else {}
     wanted = [(name, seed) for seed in options.seeds for name in variants]
     jobs = []
     for name, seed in wanted:

@@ -8,6 +8,7 @@ from conftest import ROOT
 
 from config import PRESETS
 from memory import RECIPES
+from reproduce import TARGETS
 from reward_models import SOURCES
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -84,6 +85,45 @@ def test_results_in_the_readme_are_the_committed_ones():
     rows = json.loads((ROOT / "results" / "benchmark.json").read_text())["results"]
     least, most = (row["peak_memory_gib"] for row in rows)
     assert f"{least:.3f} GiB" in README and f"{most:.3f} GiB" in README and most < 1.05 * least
+
+
+def over_seeds(values: list[float]) -> str:
+    """Mean, lowest and highest."""
+    return f"{sum(values) / len(values):.3f} ({min(values):.3f}–{max(values):.3f})"
+
+
+def test_the_papers_comparisons_in_the_readme_are_the_committed_ones():
+    folder = ROOT / "results" / "reproduce"
+    results = {name: json.loads((folder / f"{name}.json").read_text()) for name in TARGETS}
+    section = README.split("## The paper in miniature")[1].split("\n## ")[0]
+    for name, target in TARGETS.items():
+        assert f"`{name}`" in section and f"results/reproduce/{name}.png" in section, name
+        assert (folder / f"{name}.png").exists() and results[name]["versions"]["torch"] and results[name]["machine"]["cpu_cores"]
+        if target.variants:
+            assert list(results[name]["runs"]) == target.variants
+            assert all(set(seeds) == {"0", "1", "2"} for seeds in results[name]["runs"].values())
+    for name, sets in (("table1", ["toy-small"]), ("table2", ["toy-train:128", "toy-heldout-one", "toy-heldout-two"])):
+        for model, seeds in results[name]["scores"].items():
+            cells = [over_seeds([scores[of]["toy-alignment"]["mean"] for scores in seeds.values()]) for of in sets]
+            assert f"| {model} | {' | '.join(cells)} |" in section, (name, model)
+    for model, seeds in results["fig8"]["scores"].items():
+        trained, untrained = (
+            over_seeds([scores["toy-small"][reward]["mean"] for scores in seeds.values()])
+            for reward in ("toy-colourfulness", "toy-alignment")
+        )
+        assert f"| {model} | {trained} | {untrained} |" in section, model
+    for model, seeds in results["fig3"]["runs"].items():
+        end = over_seeds([sum(run["reward_mean"][-5:]) / 5 for run in seeds.values()])
+        assert f"| {model} | {end} |" in section, model
+    for row in json.loads((folder / "learning-rates.json").read_text())["results"]:
+        cells = [
+            f"{row['reward'][rate]:.3f}" if rate in row["reward"] else "" for rate in ("1e-5", "3e-5", "1e-4", "3e-4", "1e-3")
+        ]
+        line = f"| {row['method']} | {row['scale']} | {' | '.join(cells)} |"
+        best = f"{row['reward'][row['chosen']]:.3f}"
+        assert line.replace(best, f"**{best}**") in section and set(row["reward"]) < {"1e-5", "3e-5", "1e-4", "3e-4", "1e-3"}, row
+    for name, row in results["variance"]["results"].items():
+        assert f"| {name} | {row['cosine']:.4f} ± {row['standard_error']:.4f} |" in section, name
 
 
 def test_presets_weights_and_recipes_are_the_codes():

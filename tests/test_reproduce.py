@@ -1,6 +1,8 @@
 """The queue, the search and the figures of reproduce.py, on the small random-weight pipeline."""
 
+import argparse
 import json
+import math
 import shutil
 
 import pytest
@@ -40,6 +42,32 @@ def test_signal_of_gradients_made_by_hand():
     assert found["relative_variance"] == pytest.approx(10, rel=0.05)
 
 
+def test_the_search_ends_between_two_worse_rates(monkeypatch, tmp_path):
+    made: list[str] = []
+    best = {"rising": 0.9, "falling": -0.9, "peak": 0.0, "always": 9.0}
+    monkeypatch.setattr(reproduce, "METHODS", {(name, "small"): "" for name in best})
+    monkeypatch.setattr(reproduce, "training", lambda name, *_: made.append(name))
+    monkeypatch.setattr(reproduce, "work_off", lambda jobs, *_: None)
+
+    def read_metrics(run):
+        """Rewards that fall with the distance, in powers of ten from 1e-4, to the method's best rate; only the end counts."""
+        _, name, _, rate = run.name.removesuffix("-100").split("-", 3)
+        distance = abs(math.log10(float(rate) / 1e-4) - best[name])
+        return [{"epoch": 0}, *({"reward_mean": 5.0} for _ in range(6)), *({"reward_mean": -distance} for _ in range(2))]
+
+    monkeypatch.setattr(reproduce, "read_metrics", read_metrics)
+    options = argparse.Namespace(folder=tmp_path, results=tmp_path, argv=[])
+    chosen = reproduce.learning_rates([(name, "small") for name in best], options)
+    assert [chosen[name, "small"] for name in best] == ["1e-3", "1e-5", "1e-4", "3e-3"]
+    tried = {name: [m.split()[3] for m in made if m.split()[1] == name] for name in best}
+    assert tried["peak"] == ["3e-5", "1e-4", "3e-4"]
+    assert tried["rising"] == ["3e-5", "1e-4", "3e-4", "1e-3", "3e-3"] == tried["always"]
+    assert tried["falling"] == ["3e-5", "1e-4", "3e-4", "1e-5", "3e-6"]
+    reproduce.learning_rates([("peak", "small")], options)
+    rows = json.loads((tmp_path / "learning-rates.json").read_text())["results"]
+    assert sorted(row["method"] for row in rows) == sorted(best)  # the others' are kept
+
+
 @pytest.fixture
 def tiny(monkeypatch, model_folder, tmp_path):
     """Runs of two epochs at one learning rate, on four prompts."""
@@ -48,7 +76,7 @@ def tiny(monkeypatch, model_folder, tmp_path):
     monkeypatch.setattr(reproduce, "SCALES", {"small": f"{reproduce.SCALES['small']} {shorter}"})
     monkeypatch.setattr(reproduce, "EPOCHS", {"small": 2})
     monkeypatch.setattr(reproduce, "EVALUATIONS", {"small": "--prompts toy-small --images_per_prompt 2"})
-    monkeypatch.setattr(reproduce, "LEARNING_RATES", ("1e-3", "0.5"))
+    monkeypatch.setattr(reproduce, "LEARNING_RATES", ("0", "0", "0.5"))  # of which the search begins with the last
     monkeypatch.setattr(reproduce.toy_model, "ensure", lambda: None)
     monkeypatch.chdir(ROOT)
     return ["fig7", "--seeds", "3", "--jobs", "2", "--folder", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
@@ -58,7 +86,7 @@ def test_a_target_from_search_to_figure_and_nothing_twice(tiny, tmp_path, monkey
     reproduce.main(tiny)
     search = json.loads((tmp_path / "results" / "learning-rates.json").read_text())
     (found,) = search["results"]
-    assert search["seed"] == 100 and set(found["reward"]) == {"1e-3", "0.5"}
+    assert search["seed"] == 100 and set(found["reward"]) == {"0.5"}
     assert found["chosen"] == max(found["reward"], key=found["reward"].get)
     result = json.loads((tmp_path / "results" / "fig7.json").read_text())
     assert result["versions"]["torch"] and result["command"].startswith("python reproduce.py fig7")
@@ -95,7 +123,7 @@ def test_a_target_from_search_to_figure_and_nothing_twice(tiny, tmp_path, monkey
 
 
 def test_a_failing_run_is_named(tiny, monkeypatch, capsys):
-    monkeypatch.setattr(reproduce, "LEARNING_RATES", ("-1",))
+    monkeypatch.setattr(reproduce, "LEARNING_RATES", ("0", "0", "-1"))
     with pytest.raises(SystemExit) as stopped:
         reproduce.main(tiny)
     errors = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
