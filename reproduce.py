@@ -147,7 +147,7 @@ def draw_signal(panels: dict[str, list[str]], result: dict, path: Path) -> None:
     """The mean cosine of two gradients of every method, and a standard error to either side."""
     rows = result["results"]
     around = {name: [row["cosine"] + s * row["standard_error"] for s in (-1, 0, 1)] for name, row in rows.items()}
-    plots.dots({"": around}, "cosine of two gradients, ± standard error", path)
+    plots.dots({"": around}, "cosine ± standard error", path)
 
 
 SMALL, LARGE = "small scale", "large scale"
