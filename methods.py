@@ -48,13 +48,13 @@ class Update:
 
 
 class Method:
-    """What all have in common; one that remembers something beyond an epoch says so in state(), which checkpoints keep."""
+    """What all have in common beside updates(epoch), which yields the Updates of an epoch.
+
+    One that remembers something beyond an epoch returns it from state(), which checkpoints keep.
+    """
 
     def __init__(self, config: Config, policy: Policy):
         self.config = config
-
-    def updates(self, epoch: Epoch) -> Iterator[Update]:
-        raise NotImplementedError
 
     def state(self) -> dict:
         return {}

@@ -14,22 +14,17 @@ import dataclasses
 import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from tqdm import tqdm
 
 import checkpoint
 import plots
 import processes
 import toy_model
 from config import parse
+from jobs import Job, work_off
 from prompts import load_prompts
 from provenance import provenance
 from record import read_metrics
@@ -187,20 +182,6 @@ TARGETS = {
 }  # fmt: skip
 
 
-@dataclass
-class Job:
-    """A command, and where it is a training run its folder and number of epochs."""
-
-    name: str
-    command: list[str]
-    run: Path | None = None
-    epochs: int = 1
-
-    def progress(self) -> int:
-        """Epochs completed."""
-        return read_metrics(self.run)[-1]["epoch"] if self.run and (self.run / "metrics.jsonl").exists() else 0
-
-
 def run_folder(name: str, seed: int, options) -> Path:
     return options.folder / f"{name} {seed}".replace(",", "").replace(" ", "-")
 
@@ -222,44 +203,6 @@ def training(name: str, method: str, scale: str, flags: str, rate: str, seed: in
     return Job(run.name, [sys.executable, "train.py", *argv], run, epochs)
 
 
-def work_off(jobs: list[Job], title: str, options) -> None:
-    """Runs commands, several at a time; ValueError with the last line of the first that fails, once the others have stopped."""
-    waiting, running, free, gpus = list(jobs), {}, list(range(options.jobs)), torch.cuda.device_count()
-    finished = 0
-    with tqdm(total=sum(job.epochs for job in jobs), desc=title, unit="epoch") as bar:
-        try:
-            while waiting or running:
-                while waiting and free:
-                    job, slot = waiting.pop(0), free.pop()
-                    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-                    if gpus:
-                        environment["CUDA_VISIBLE_DEVICES"] = str(slot % gpus)
-                    log = (options.folder / "logs" / f"{job.name}.log").open("w")
-                    process = subprocess.Popen(job.command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-                    running[slot] = job, log, process
-                time.sleep(1)
-                for slot, (job, log, process) in list(running.items()):
-                    if process.poll() is None:
-                        continue
-                    del running[slot]
-                    free.append(slot)
-                    log.close()
-                    finished += job.epochs
-                    if process.returncode:
-                        last = Path(log.name).read_text().strip().splitlines()[-1:]
-                        raise ValueError(f"{job.name} failed, see {log.name}: {' '.join(last)}")
-                bar.n = finished + sum(job.progress() for job, _, _ in running.values())
-                bar.set_postfix_str(", ".join(job.name for job, _, _ in running.values()))
-        except ValueError:
-            for _, _, process in running.values():
-                process.send_signal(signal.SIGINT)  # Ctrl-C reaches them without this
-            raise
-        finally:
-            for _, log, process in running.values():
-                process.wait()
-                log.close()
-
-
 def learning_rates(pairs: list[tuple[str, str]], options) -> dict[tuple[str, str], str]:
     """For each (method, scale) the rate with the highest mean reward over the last quarter of a run; the search is recorded.
 
@@ -269,7 +212,7 @@ def learning_rates(pairs: list[tuple[str, str]], options) -> dict[tuple[str, str
     wanted = [(*pair, rate) for pair in pairs for rate in LEARNING_RATES[2:5]]
     while wanted:
         jobs = [training(f"search {m} {scale} {rate}", m, scale, "", rate, SEARCH_SEED, options) for m, scale, rate in wanted]
-        work_off([job for job in jobs if job], "learning rates", options)
+        work_off([job for job in jobs if job], "learning rates", options.jobs, options.folder / "logs")
         for method, scale, rate in wanted:
             lines = read_metrics(run_folder(f"search {method} {scale} {rate}", SEARCH_SEED, options))[1:]
             last = [line["reward_mean"] for line in lines[-max(1, len(lines) // 4) :]]
@@ -356,7 +299,7 @@ def reproduce(names: list[str], options) -> None:
     for name, seed in wanted:
         method, scale, flags = VARIANTS[name]
         jobs.append(training(name, method, scale, flags, chosen[method, scale], seed, options))
-    work_off([job for job in jobs if job], "runs", options)
+    work_off([job for job in jobs if job], "runs", options.jobs, options.folder / "logs")
     output = str(options.results / "variance.json")
     jobs = [Job("variance", [sys.executable, "gradient_variance.py", "--output", output])] if "variance" in targets else []
     for seed in options.seeds:
@@ -368,7 +311,7 @@ def reproduce(names: list[str], options) -> None:
                         models |= models_of(name, seed, target.checkpoints, options)
             if models:
                 jobs.append(evaluation(scale, seed, models, options))
-    work_off(jobs, "evaluation", options)
+    work_off(jobs, "evaluation", options.jobs, options.folder / "logs")
     for name, target in targets.items():
         path = options.results / f"{name}.json"
         if target.variants:

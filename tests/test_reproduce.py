@@ -10,6 +10,7 @@ import torch
 from conftest import ROOT
 
 import gradient_variance
+import jobs
 import plots
 import reproduce
 from config import check
@@ -47,7 +48,7 @@ def test_the_search_ends_between_two_worse_rates(monkeypatch, tmp_path):
     best = {"rising": 0.9, "falling": -0.9, "peak": 0.0, "always": 9.0}
     monkeypatch.setattr(reproduce, "METHODS", {(name, "small"): "" for name in best})
     monkeypatch.setattr(reproduce, "training", lambda name, *_: made.append(name))
-    monkeypatch.setattr(reproduce, "work_off", lambda jobs, *_: None)
+    monkeypatch.setattr(reproduce, "work_off", lambda *_: None)
 
     def read_metrics(run):
         """Rewards that fall with the distance, in powers of ten from 1e-4, to the method's best rate; only the end counts."""
@@ -56,7 +57,7 @@ def test_the_search_ends_between_two_worse_rates(monkeypatch, tmp_path):
         return [{"epoch": 0}, *({"reward_mean": 5.0} for _ in range(6)), *({"reward_mean": -distance} for _ in range(2))]
 
     monkeypatch.setattr(reproduce, "read_metrics", read_metrics)
-    options = argparse.Namespace(folder=tmp_path, results=tmp_path, argv=[])
+    options = argparse.Namespace(folder=tmp_path, results=tmp_path, argv=[], jobs=1)
     chosen = reproduce.learning_rates([(name, "small") for name in best], options)
     assert [chosen[name, "small"] for name in best] == ["1e-3", "1e-5", "1e-4", "3e-3"]
     tried = {name: [m.split()[3] for m in made if m.split()[1] == name] for name in best}
@@ -76,7 +77,7 @@ def tiny(monkeypatch, model_folder, tmp_path):
     monkeypatch.setattr(reproduce, "SCALES", {"small": f"{reproduce.SCALES['small']} {shorter}"})
     monkeypatch.setattr(reproduce, "EPOCHS", {"small": 2})
     monkeypatch.setattr(reproduce, "EVALUATIONS", {"small": "--prompts toy-small --images_per_prompt 2"})
-    monkeypatch.setattr(reproduce, "LEARNING_RATES", ("0", "0", "0.5"))  # of which the search begins with the last
+    monkeypatch.setattr(reproduce, "LEARNING_RATES", ("1e-3", "1e-3", "0.5"))  # it begins with the last
     monkeypatch.setattr(reproduce.toy_model, "ensure", lambda: None)
     monkeypatch.chdir(ROOT)
     return ["fig7", "--seeds", "3", "--jobs", "2", "--folder", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
@@ -86,7 +87,7 @@ def test_a_target_from_search_to_figure_and_nothing_twice(tiny, tmp_path, monkey
     reproduce.main(tiny)
     search = json.loads((tmp_path / "results" / "learning-rates.json").read_text())
     (found,) = search["results"]
-    assert search["seed"] == 100 and set(found["reward"]) == {"0.5"}
+    assert search["seed"] == 100 and set(found["reward"]) == {"1e-3", "0.5"}
     assert found["chosen"] == max(found["reward"], key=found["reward"].get)
     result = json.loads((tmp_path / "results" / "fig7.json").read_text())
     assert result["versions"]["torch"] and result["command"].startswith("python reproduce.py fig7")
@@ -106,8 +107,8 @@ def test_a_target_from_search_to_figure_and_nothing_twice(tiny, tmp_path, monkey
         began.append(command[1:])
         return original(command, **more)
 
-    original = reproduce.subprocess.Popen
-    monkeypatch.setattr(reproduce.subprocess, "Popen", note)
+    original = jobs.subprocess.Popen
+    monkeypatch.setattr(jobs.subprocess, "Popen", note)
     before = (tmp_path / "results" / "fig7.json").read_text()
     reproduce.main(tiny)
     assert [c for c in began if c[0] == "train.py"] == [["train.py", "--resume", str(tmp_path / "runs" / "PRDP-3")]]
