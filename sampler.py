@@ -234,8 +234,7 @@ def log_prob_table(policy: Policy, latents: Tensor, cond: Embeddings, batch_size
     """
     table = torch.zeros(len(latents), len(noisy_steps(policy.scheduler, policy.eta)), dtype=torch.float64)
     wanted = (torch.ones_like(table) if entries is None else entries).nonzero()
-    for rows, columns, *step in _entries(policy, latents, cond, wanted, batch_size):
-        x_t, x_prev, t, c = step
+    for rows, columns, x_t, x_prev, t, c in _entries(policy, latents, cond, wanted, batch_size):
         table[rows, columns] = step_log_prob(policy, x_t, x_prev, t, c).cpu()
     return table
 
