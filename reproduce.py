@@ -6,7 +6,8 @@
 
 Every run is one of train.py and every score one of evaluate.py, on the embedded model, with the settings below. For every method
 and scale the learning rate is chosen first, by the reward at the end of a run with another seed. After an interruption the same
-command goes on where it was. Results: results/reproduce/TARGET.json and .png, and learning-rates.json.
+command goes on where it was. Results: results/reproduce/TARGET.json and .png, learning-rates.json, and
+time.json, of the last invocation.
 """
 
 import argparse
@@ -15,8 +16,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
 from pathlib import Path
 
 import checkpoint
@@ -24,6 +24,7 @@ import plots
 import processes
 import toy_model
 from config import parse
+from figures import TARGETS, Target
 from jobs import Job, work_off
 from prompts import load_prompts
 from provenance import provenance
@@ -39,7 +40,7 @@ SCALES = {
     "small": "--preset toy --prompts toy-small --prompts_per_epoch 8 --images_per_prompt 8 --save_every 5 --keep_every 5",
     "large": "--preset toy --prompts toy-train --prompts_per_epoch 8 --images_per_prompt 8 --save_every 5 --keep_every 0",
 }
-EPOCHS = {"small": 40, "large": 60}
+EPOCHS = {"small": 32, "large": 60}
 EVALUATIONS = {
     "small": "--prompts toy-small --images_per_prompt 16",
     "large": "--prompts toy-train:128 toy-heldout-one toy-heldout-two --images_per_prompt 4",
@@ -83,124 +84,32 @@ VARIANTS: dict[str, tuple[str, str, str]] = {  # name: method, scale and what is
 }
 
 
-@dataclass(frozen=True)
-class Target:
-    """A figure or table: the variants it compares, panel by panel, and how it is drawn from the numbers in its JSON file."""
-
-    title: str
-    panels: dict[str, list[str]]
-    draw: Callable[[dict[str, list[str]], dict, Path], None]
-    checkpoints: bool = False  # evaluate those that were kept on the way as well
-    pictures: bool = False  # draw the first prompts' pictures, too
-
-    @property
-    def variants(self) -> list[str]:
-        return list(dict.fromkeys(name for names in self.panels.values() for name in names))
-
-
-def smoothed(curve: list[float], width: int = 5) -> list[float]:
-    """Mean over the last `width` epochs at each."""
-    return [sum(part) / len(part) for part in (curve[max(0, i + 1 - width) : i + 1] for i in range(len(curve)))]
-
-
-def draw_curves(panels: dict[str, list[str]], result: dict, path: Path) -> None:
-    """Training reward against epochs."""
-    runs = {name: [smoothed(run["reward_mean"]) for run in seeds.values()] for name, seeds in result["runs"].items()}
-    lines = {title: {name: runs[name] for name in names} for title, names in panels.items()}
-    plots.curves(lines, "reward, mean over 5 epochs", path)
-
-
-def means(result: dict, model: str, prompts: str, reward: str = "toy-alignment") -> list[float]:
-    """A model's scores, one for every seed."""
-    return [sets[prompts][reward]["mean"] for sets in result["scores"][model].values()]
-
-
-def draw_scores(panels: dict[str, list[str]], result: dict, path: Path) -> None:
-    """The trained reward of every variant and seed, a panel for each prompt set."""
-    sets = next(iter(result["scores"]["base"].values()))
-    plots.dots({name: {model: means(result, model, name) for model in result["scores"]} for name in sets}, "alignment", path)
-
-
-def draw_over_checkpoints(panels: dict[str, list[str]], result: dict, path: Path) -> None:
-    """The reward of the evaluation's pictures against the epoch of a checkpoint; the first is the base."""
-    lines, epochs = {}, [0]
-    for name in result["runs"]:
-        on_the_way = [model for model in result["scores"] if model.startswith(f"{name}@")]
-        epochs = [0, *(int(model.rpartition("@")[2]) for model in on_the_way)]
-        lines[name] = list(zip(*(means(result, model, "toy-small") for model in ["base", *on_the_way]), strict=True))
-    plots.curves({title: lines for title in panels}, "alignment", path, epochs)
-
-
-def draw_tradeoff(panels: dict[str, list[str]], result: dict, path: Path) -> None:
-    """The reward that was trained against the one that was not."""
-    rewards = ("toy-colourfulness", "toy-alignment")
-    points = {model: [means(result, model, "toy-small", reward) for reward in rewards] for model in result["scores"]}
-    plots.tradeoff(points, "colourfulness (trained)", "alignment (never trained)", path)
-
-
-def draw_signal(panels: dict[str, list[str]], result: dict, path: Path) -> None:
-    """The mean cosine of two gradients of every method, and a standard error to either side."""
-    rows = result["results"]
-    around = {name: [row["cosine"] + s * row["standard_error"] for s in (-1, 0, 1)] for name, row in rows.items()}
-    plots.dots({"": around}, "cosine ± standard error", path)
-
-
-SMALL, LARGE = "small scale", "large scale"
-TARGETS = {
-    "fig3": Target(
-        "Fig. 3, Table 5: clipping",
-        {
-            "PRDP, small scale": ["PRDP", "PRDP unclipped", "PRDP unclipped, own rate"],
-            "DDPO, small scale": ["DDPO", "DDPO unclipped"],
-            LARGE: ["PRDP large", "DDPO large", "DDPO large unclipped"],
-        },
-        draw_curves, pictures=True,
-    ),
-    "table1": Target("Table 1: small scale", {SMALL: ["PRDP", "DDPO", "DPOK", "DPOK without critic", "D3PO"]}, draw_scores),
-    "table2": Target("Table 2: large scale", {LARGE: ["PRDP large", "DDPO large", "DDPO large own statistics"]}, draw_scores),
-    "fig7": Target("Fig. 7: online and offline", {SMALL: ["PRDP", "PRDP offline"]}, draw_over_checkpoints, checkpoints=True),
-    "fig8": Target(
-        "Fig. 8, 10: a reward that ignores the prompt",
-        {SMALL: ["PRDP beta 0.1", "PRDP beta 1", "PRDP beta 10", "DDPO colour"]},
-        draw_tradeoff, pictures=True,
-    ),
-    "fig9": Target(
-        "Fig. 9: training curves",
-        {
-            SMALL: ["PRDP", "DDPO", "DDPO batch statistics"],
-            LARGE: ["PRDP large", "DDPO large", "DDPO large own statistics"],
-        },
-        draw_curves,
-    ),
-    "d3po": Target("D3PO: order and values", {SMALL: ["PRDP shared x_T", "DDPO", "D3PO"]}, draw_curves),
-    "shared": Target(
-        "Independent and shared x_T",
-        {SMALL: ["PRDP", "PRDP shared x_T"], LARGE: ["PRDP large", "PRDP large shared x_T"]},
-        draw_curves,
-    ),
-    "variance": Target("Gradient variance", {}, draw_signal),
-}  # fmt: skip
-
-
 def run_folder(name: str, seed: int, options) -> Path:
     return options.folder / f"{name} {seed}".replace(",", "").replace(" ", "-")
 
 
+def settings(method: str, scale: str, flags: str, rate: str, options) -> str:
+    """A training run's flags, but for its seed and folder."""
+    epochs = round(EPOCHS[scale] * options.lengthen)
+    return f"{SCALES[scale]} {METHODS[method, scale]} {flags} --learning_rate {rate} --epochs {epochs}"
+
+
 def training(name: str, method: str, scale: str, flags: str, rate: str, seed: int, options) -> Job | None:
     """The job of a training run, to begin or to go on with; None if it is finished. ValueError if another run is in its place."""
-    epochs, run = round(EPOCHS[scale] * options.lengthen), run_folder(name, seed, options)
-    argv = f"{SCALES[scale]} {METHODS[method, scale]} {flags} --learning_rate {rate} --seed {seed} --epochs {epochs}".split()
-    argv += ["--model", MODEL, "--eval_prompts", "", "--output_dir", str(run)]
+    run = run_folder(name, seed, options)
+    argv = settings(method, scale, flags, rate, options).split()
+    argv += ["--seed", str(seed), "--model", MODEL, "--eval_prompts", "", "--output_dir", str(run)]
+    wanted = parse(argv)
     if run.exists() and not checkpoint.all_checkpoints(run):
         shutil.rmtree(run)  # it had not come far
     if run.exists():
         known = json.loads((run / "config.json").read_text()) | {"resume": ""}
-        if known != dataclasses.asdict(parse(argv)):
+        if known != dataclasses.asdict(wanted):
             raise ValueError(f"{run} holds a run with other settings: choose another --folder, or remove it")
         if (run / "pipeline" / "model_index.json").exists():
             return None
         argv = ["--resume", str(run)]
-    return Job(run.name, [sys.executable, "train.py", *argv], run, epochs)
+    return Job(run.name, [sys.executable, "train.py", *argv], run, wanted.epochs)
 
 
 def learning_rates(pairs: list[tuple[str, str]], options) -> dict[tuple[str, str], str]:
@@ -258,10 +167,10 @@ def write(path: Path, result: dict, options) -> None:
 
 def numbers(target: Target, seeds: list[int], chosen: dict, options) -> dict:
     """A target's JSON: settings, the record of every run, and the scores of every model."""
-    runs, scores, settings = {}, {}, {}
+    runs, scores, flags_of = {}, {}, {}
     for name in target.variants:
         method, scale, flags = VARIANTS[name]
-        settings[name] = f"{SCALES[scale]} {METHODS[method, scale]} {flags} --learning_rate {chosen[method, scale]}"
+        flags_of[name] = settings(method, scale, flags, chosen[method, scale], options)
         runs[name] = {}
         for seed in seeds:
             lines = read_metrics(run_folder(name, seed, options))[1:]
@@ -277,7 +186,7 @@ def numbers(target: Target, seeds: list[int], chosen: dict, options) -> dict:
                     of_set = scores.setdefault(row["model"], {}).setdefault(seed, {}).setdefault(row["prompts"], {})
                     of_set[row["reward"]] = {"mean": row["mean"], "standard_error": row["standard_error"]}
                     of_set["diversity"] = row["diversity"]
-    return {"title": target.title, "settings": settings, "runs": runs, "scores": scores}
+    return {"title": target.title, "settings": flags_of, "runs": runs, "scores": scores}
 
 
 def draw_pictures(target: Target, path: Path, options) -> None:
@@ -288,6 +197,7 @@ def draw_pictures(target: Target, path: Path, options) -> None:
 
 
 def reproduce(names: list[str], options) -> None:
+    began = time.monotonic()
     (options.folder / "logs").mkdir(parents=True, exist_ok=True)
     toy_model.ensure()
     targets = {name: TARGETS[name] for name in names}
@@ -320,6 +230,9 @@ def reproduce(names: list[str], options) -> None:
         if target.pictures:
             draw_pictures(target, options.results / f"{name}-pictures.png", options)
         processes.say(f"{target.title}: {path} and {path.with_suffix('.png')}")
+    seconds = time.monotonic() - began
+    write(options.results / "time.json", {"targets": names, "at_once": options.jobs, "seconds": round(seconds)}, options)
+    processes.say(f"all in {seconds / 60:.0f} minutes")
 
 
 def main(argv: list[str]) -> None:

@@ -7,8 +7,8 @@ import re
 from conftest import ROOT
 
 from config import PRESETS
+from figures import TARGETS
 from memory import RECIPES
-from reproduce import TARGETS
 from reward_models import SOURCES
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

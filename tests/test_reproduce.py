@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+import figures
 import gradient_variance
 import jobs
 import plots
@@ -17,7 +18,7 @@ from config import check
 
 
 def test_smoothed_is_the_mean_of_the_last_epochs():
-    assert reproduce.smoothed([0.0, 2.0, 4.0], 2) == [0.0, 1.0, 3.0]
+    assert figures.smoothed([0.0, 2.0, 4.0], 2) == [0.0, 1.0, 3.0]
 
 
 def test_every_variant_has_its_schedule_and_every_target_its_variants():
@@ -27,7 +28,7 @@ def test_every_variant_has_its_schedule_and_every_target_its_variants():
         check(config, 1)
         assert config.method == method.split()[0] and config.prompts == {"small": "toy-small", "large": "toy-train"}[scale]
         assert config.prompts_per_epoch * config.images_per_prompt == 64
-    used = {name for target in reproduce.TARGETS.values() for name in target.variants}
+    used = {name for target in figures.TARGETS.values() for name in target.variants}
     assert used == reproduce.VARIANTS.keys()
 
 
@@ -35,12 +36,17 @@ def test_signal_of_gradients_made_by_hand():
     torch.manual_seed(0)
     mean, noise = torch.zeros(4000), torch.randn(200, 4000)
     mean[0] = 20.0  # |signal|^2 = 400, |noise|^2 = 4000
-    found = gradient_variance.signal(mean + noise)
-    cosines = torch.tensor([gradient_variance.signal(mean + torch.randn(20, 4000))["cosine"] for _ in range(60)])
-    errors = [gradient_variance.signal(mean + torch.randn(20, 4000))["standard_error"] for _ in range(20)]
+    found, left_out = gradient_variance.signal(mean + noise)
+    others = [gradient_variance.signal(mean + torch.randn(20, 4000))[0] for _ in range(60)]
+    cosines = torch.tensor([row["cosine"] for row in others])
+    errors = [row["standard_error"] for row in others[:20]]
     assert sum(errors) / 20 == pytest.approx(cosines.std().item(), rel=0.35)
     assert found["cosine"] == pytest.approx(400 / 4400, rel=0.05)
     assert found["relative_variance"] == pytest.approx(10, rel=0.05)
+    # Paired: with the same noise and a slightly weaker signal the difference is known far better than either cosine.
+    weaker, left_out_of_weaker = gradient_variance.signal(0.95 * mean + noise)
+    paired = gradient_variance.jackknife(left_out_of_weaker - left_out)
+    assert found["cosine"] - weaker["cosine"] > 4 * paired and paired < found["standard_error"] / 4
 
 
 def test_the_search_ends_between_two_worse_rates(monkeypatch, tmp_path):
@@ -96,7 +102,8 @@ def test_a_target_from_search_to_figure_and_nothing_twice(tiny, tmp_path, monkey
     assert set(result["scores"]) == {"base", "PRDP@1", "PRDP@2", "PRDP", "PRDP offline@1", "PRDP offline@2", "PRDP offline"}
     scores = {name: seeds["3"]["toy-small"]["toy-alignment"]["mean"] for name, seeds in result["scores"].items()}
     assert scores["PRDP"] == scores["PRDP@2"] != scores["base"]
-    assert f"--learning_rate {found['chosen']}" in result["settings"]["PRDP offline"]
+    assert f"--learning_rate {found['chosen']} --epochs 2" in result["settings"]["PRDP offline"]
+    assert json.loads((tmp_path / "results" / "time.json").read_text())["targets"] == ["fig7"]
     assert plots.np.asarray(plots.Image.open(tmp_path / "results" / "fig7.png")).std() > 5
 
     shutil.rmtree(tmp_path / "runs" / "evaluation-small-seed3")
@@ -149,5 +156,7 @@ def test_gradient_variance_runs_every_method(monkeypatch, model_folder, tmp_path
     rows = json.loads(output.read_text())["results"]
     assert set(rows) == set(gradient_variance.VARIANTS)
     assert all(-1 <= row["cosine"] <= 1 for row in rows.values())
+    assert all(row["above_prdp"] == row["cosine"] - rows["PRDP"]["cosine"] for row in rows.values())
+    assert [name for name, row in rows.items() if row["above_prdp_standard_error"] == 0] == ["PRDP"]
     values = [row["cosine"] for row in rows.values()]
     assert len(set(values)) == len(values)  # every variant is its own

@@ -1,0 +1,110 @@
+"""What each figure or table of reproduce.py compares, and how it is drawn from the numbers in its JSON file."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import plots
+
+
+@dataclass(frozen=True)
+class Target:
+    """A figure or table: the variants it compares, panel by panel, and how it is drawn from the numbers in its JSON file."""
+
+    title: str
+    panels: dict[str, list[str]]
+    draw: Callable[[dict[str, list[str]], dict, Path], None]
+    checkpoints: bool = False  # evaluate those that were kept on the way as well
+    pictures: bool = False  # draw the first prompts' pictures, too
+
+    @property
+    def variants(self) -> list[str]:
+        return list(dict.fromkeys(name for names in self.panels.values() for name in names))
+
+
+def smoothed(curve: list[float], width: int = 5) -> list[float]:
+    """Mean over the last `width` epochs at each."""
+    return [sum(part) / len(part) for part in (curve[max(0, i + 1 - width) : i + 1] for i in range(len(curve)))]
+
+
+def draw_curves(panels: dict[str, list[str]], result: dict, path: Path) -> None:
+    """Training reward against epochs."""
+    runs = {name: [smoothed(run["reward_mean"]) for run in seeds.values()] for name, seeds in result["runs"].items()}
+    lines = {title: {name: runs[name] for name in names} for title, names in panels.items()}
+    plots.curves(lines, "reward, mean over 5 epochs", path)
+
+
+def means(result: dict, model: str, prompts: str, reward: str = "toy-alignment") -> list[float]:
+    """A model's scores, one for every seed."""
+    return [sets[prompts][reward]["mean"] for sets in result["scores"][model].values()]
+
+
+def draw_scores(panels: dict[str, list[str]], result: dict, path: Path) -> None:
+    """The trained reward of every variant and seed, a panel for each prompt set."""
+    sets = next(iter(result["scores"]["base"].values()))
+    plots.dots({name: {model: means(result, model, name) for model in result["scores"]} for name in sets}, "alignment", path)
+
+
+def draw_over_checkpoints(panels: dict[str, list[str]], result: dict, path: Path) -> None:
+    """The reward of the evaluation's pictures against the epoch of a checkpoint; the first is the base."""
+    lines, epochs = {}, [0]
+    for name in result["runs"]:
+        on_the_way = [model for model in result["scores"] if model.startswith(f"{name}@")]
+        epochs = [0, *(int(model.rpartition("@")[2]) for model in on_the_way)]
+        lines[name] = list(zip(*(means(result, model, "toy-small") for model in ["base", *on_the_way]), strict=True))
+    plots.curves({title: lines for title in panels}, "alignment", path, epochs)
+
+
+def draw_tradeoff(panels: dict[str, list[str]], result: dict, path: Path) -> None:
+    """The reward that was trained against the one that was not."""
+    rewards = ("toy-colourfulness", "toy-alignment")
+    points = {model: [means(result, model, "toy-small", reward) for reward in rewards] for model in result["scores"]}
+    plots.tradeoff(points, "colourfulness (trained)", "alignment (never trained)", path)
+
+
+def draw_signal(panels: dict[str, list[str]], result: dict, path: Path) -> None:
+    """The mean cosine of two gradients of every method, and how far it is above PRDP's; a standard error to either side."""
+    columns = {"mean cosine": ("cosine", "standard_error"), "above PRDP's": ("above_prdp", "above_prdp_standard_error")}
+    rows = result["results"]
+    around = {
+        title: {name: [row[value] + sign * row[error] for sign in (-1, 0, 1)] for name, row in rows.items()}
+        for title, (value, error) in columns.items()
+    }
+    plots.dots(around, "± standard error", path)
+
+
+SMALL, LARGE = "small scale", "large scale"
+TARGETS = {
+    "fig3": Target(
+        "Fig. 3, Table 5: clipping",
+        {
+            "PRDP, small scale": ["PRDP", "PRDP unclipped", "PRDP unclipped, own rate"],
+            "DDPO, small scale": ["DDPO", "DDPO unclipped"],
+            LARGE: ["PRDP large", "DDPO large", "DDPO large unclipped"],
+        },
+        draw_curves, pictures=True,
+    ),
+    "table1": Target("Table 1: small scale", {SMALL: ["PRDP", "DDPO", "DPOK", "DPOK without critic", "D3PO"]}, draw_scores),
+    "table2": Target("Table 2: large scale", {LARGE: ["PRDP large", "DDPO large", "DDPO large own statistics"]}, draw_scores),
+    "fig7": Target("Fig. 7: online and offline", {SMALL: ["PRDP", "PRDP offline"]}, draw_over_checkpoints, checkpoints=True),
+    "fig8": Target(
+        "Fig. 8, 10: a reward that ignores the prompt",
+        {SMALL: ["PRDP beta 0.1", "PRDP beta 1", "PRDP beta 10", "DDPO colour"]},
+        draw_tradeoff, pictures=True,
+    ),
+    "fig9": Target(
+        "Fig. 9: training curves",
+        {
+            SMALL: ["PRDP", "DDPO", "DDPO batch statistics"],
+            LARGE: ["PRDP large", "DDPO large", "DDPO large own statistics"],
+        },
+        draw_curves,
+    ),
+    "d3po": Target("D3PO: order and values", {SMALL: ["PRDP shared x_T", "DDPO", "D3PO"]}, draw_curves),
+    "shared": Target(
+        "Independent and shared x_T",
+        {SMALL: ["PRDP", "PRDP shared x_T"], LARGE: ["PRDP large", "PRDP large shared x_T"]},
+        draw_curves,
+    ),
+    "variance": Target("Gradient variance", {}, draw_signal),
+}  # fmt: skip
