@@ -7,14 +7,16 @@
 Every run is one of train.py and every score one of evaluate.py, on the embedded model, with the settings below. For every method
 and scale the learning rate is chosen first, by the reward at the end of a run with another seed. After an interruption the same
 command goes on where it was. Results: results/reproduce/TARGET.json and .png, learning-rates.json, and
-time.json, of the last invocation.
+time.json, of every invocation that came to its end.
 """
 
 import argparse
 import dataclasses
 import json
+import math
 import os
 import shutil
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -68,6 +70,7 @@ VARIANTS: dict[str, tuple[str, str, str]] = {  # name: method, scale and what is
     "PRDP shared x_T": ("prdp", "small", "--shared_x_T"),
     "DDPO": ("ddpo", "small", ""),
     "DDPO unclipped": ("ddpo", "small", "--clip_range 1e9"),
+    "DDPO at 3e-4": ("ddpo", "small", "--learning_rate 3e-4"),
     "DDPO batch statistics": ("ddpo", "small", "--reward_statistics batch"),
     "DPOK": ("dpok", "small", ""),
     "DPOK without critic": ("dpok", "small", "--critic False"),
@@ -89,9 +92,9 @@ def run_folder(name: str, seed: int, options) -> Path:
 
 
 def settings(method: str, scale: str, flags: str, rate: str, options) -> str:
-    """A training run's flags, but for its seed and folder."""
+    """A training run's flags, but for its seed and folder; those of the variant last, so that it may change any."""
     epochs = round(EPOCHS[scale] * options.lengthen)
-    return f"{SCALES[scale]} {METHODS[method, scale]} {flags} --learning_rate {rate} --epochs {epochs}"
+    return f"{SCALES[scale]} {METHODS[method, scale]} --learning_rate {rate} --epochs {epochs} {flags}".rstrip()
 
 
 def training(name: str, method: str, scale: str, flags: str, rate: str, seed: int, options) -> Job | None:
@@ -113,11 +116,14 @@ def training(name: str, method: str, scale: str, flags: str, rate: str, seed: in
 
 
 def learning_rates(pairs: list[tuple[str, str]], options) -> dict[tuple[str, str], str]:
-    """For each (method, scale) the rate with the highest mean reward over the last quarter of a run; the search is recorded.
+    """For each (method, scale) the learning rate, by the mean reward over the last quarter of a run; the search is recorded.
 
-    From three rates on, the neighbours of the best are tried until it lies between two worse ones.
+    It is the lowest rate within a standard error (over those epochs) of the best: a tie must not be broken towards instability.
+    From three rates on, the neighbours of both are tried until they lie between two worse ones.
     """
-    scores: dict[tuple[str, str], dict[str, float]] = {pair: {} for pair in pairs}
+    rewards: dict[tuple[str, str], dict[str, float]] = {pair: {} for pair in pairs}
+    errors: dict[tuple[str, str], dict[str, float]] = {pair: {} for pair in pairs}
+    chosen: dict[tuple[str, str], str] = {}
     wanted = [(*pair, rate) for pair in pairs for rate in LEARNING_RATES[2:5]]
     while wanted:
         jobs = [training(f"search {m} {scale} {rate}", m, scale, "", rate, SEARCH_SEED, options) for m, scale, rate in wanted]
@@ -125,16 +131,27 @@ def learning_rates(pairs: list[tuple[str, str]], options) -> dict[tuple[str, str
         for method, scale, rate in wanted:
             lines = read_metrics(run_folder(f"search {method} {scale} {rate}", SEARCH_SEED, options))[1:]
             last = [line["reward_mean"] for line in lines[-max(1, len(lines) // 4) :]]
-            scores[method, scale][rate] = sum(last) / len(last)
-        best = {pair: LEARNING_RATES.index(max(by_rate, key=by_rate.get)) for pair, by_rate in scores.items()}
-        around = [(*pair, rate) for pair, i in best.items() for rate in LEARNING_RATES[max(0, i - 1) : i + 2]]
-        wanted = [(m, scale, rate) for m, scale, rate in around if rate not in scores[m, scale]]
-    chosen = {pair: LEARNING_RATES[i] for pair, i in best.items()}
+            rewards[method, scale][rate] = statistics.fmean(last)
+            errors[method, scale][rate] = statistics.pstdev(last) / math.sqrt(max(1, len(last) - 1))
+        wanted = []
+        for pair, by_rate in rewards.items():
+            best = max(by_rate, key=by_rate.get)
+            as_good = [rate for rate in by_rate if by_rate[rate] >= by_rate[best] - errors[pair][best]]
+            chosen[pair] = min(as_good, key=float)
+            low, high = LEARNING_RATES.index(chosen[pair]), LEARNING_RATES.index(best)
+            wanted += [(*pair, rate) for rate in LEARNING_RATES[max(0, low - 1) : high + 2] if rate not in by_rate]
     file = options.results / "learning-rates.json"
     others = json.loads(file.read_text())["results"] if file.exists() else []
     record = [row for row in others if (row["method"], row["scale"]) not in pairs] + [
-        {"method": m, "scale": s, "flags": f"{SCALES[s]} {METHODS[m, s]}", "reward": by_rate, "chosen": chosen[m, s]}
-        for (m, s), by_rate in scores.items()
+        {
+            "method": m,
+            "scale": s,
+            "flags": f"{SCALES[s]} {METHODS[m, s]}",
+            "reward": by_rate,
+            "standard_error": errors[m, s],
+            "chosen": chosen[m, s],
+        }
+        for (m, s), by_rate in rewards.items()
     ]
     write(file, {"seed": SEARCH_SEED, "results": record}, options)
     return chosen
@@ -231,7 +248,10 @@ def reproduce(names: list[str], options) -> None:
             draw_pictures(target, options.results / f"{name}-pictures.png", options)
         processes.say(f"{target.title}: {path} and {path.with_suffix('.png')}")
     seconds = time.monotonic() - began
-    write(options.results / "time.json", {"targets": names, "at_once": options.jobs, "seconds": round(seconds)}, options)
+    file = options.results / "time.json"
+    earlier = json.loads(file.read_text())["invocations"] if file.exists() else []
+    this = {"targets": names, "seeds": options.seeds, "at_once": options.jobs, "seconds": round(seconds)}
+    write(file, {"invocations": [*earlier, this]}, options)
     processes.say(f"all in {seconds / 60:.0f} minutes")
 
 

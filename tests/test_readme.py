@@ -123,7 +123,14 @@ def test_the_papers_comparisons_in_the_readme_are_the_committed_ones():
         best = f"{row['reward'][row['chosen']]:.3f}"
         assert line.replace(best, f"**{best}**") in section and set(row["reward"]) < {"1e-5", "3e-5", "1e-4", "3e-4", "1e-3"}, row
     for name, row in results["variance"]["results"].items():
-        assert f"| {name} | {row['cosine']:.4f} ± {row['standard_error']:.4f} |" in section, name
+        cosine, above = (
+            f"{row[v]:.4f} ± {row[e]:.4f}" for v, e in (("cosine", "standard_error"), ("above_prdp", "above_prdp_standard_error"))
+        )
+        assert f"| {name} | {cosine} | {above} |" in section, name
+    time = json.loads((folder / "time.json").read_text())
+    minutes = round(time["seconds"] / 60)
+    assert time["targets"] == list(TARGETS) and minutes < 90
+    assert f"{minutes} minutes on {time['machine']['cpu_cores']} CPU cores" in section.replace("\n", " ")
 
 
 def test_presets_weights_and_recipes_are_the_codes():
