@@ -142,7 +142,8 @@ def score_set(
 ) -> None:
     """Draws and scores what of this process's share of a set is not done yet; holds one batch of pictures at a time."""
     policy, B, done = policy_of(pipe, config), config.images_per_prompt, results.read(model, set_name, prompts)
-    missing = [n for n in range(len(prompts)) if n not in done][RANK::WORLD_SIZE]
+    # The share is of all prompts: the others' scores may appear in `done` before this process asks for it.
+    missing = [n for n in range(RANK, len(prompts), WORLD_SIZE) if n not in done]
     at_once = max(1, config.batch_size // B)  # prompts finished together
     bar = tqdm(total=len(missing) * B, desc=f"{model}: {set_name}", unit="pictures", leave=False, disable=RANK > 0)
     for first in range(0, len(missing), at_once):

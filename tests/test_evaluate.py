@@ -126,6 +126,19 @@ def test_batch_size_and_processes_do_not_matter(two_models, evaluated, tmp_path)
             assert row["diversity"] == pytest.approx(expected[key]["diversity"], abs=1e-5)
 
 
+def test_a_process_that_starts_late_does_its_own_share(two_models, tmp_path, monkeypatch):
+    """The second of three processes begins when the first has finished, the third when both have: nothing is left or doubled."""
+    config, _ = evaluate.parse([*FLAGS, "--models", f"base={two_models}/base", "--output_dir", str(tmp_path)])
+    results, pipe, prompts = Results(tmp_path), make_pipeline(0), load_prompts("toy-small")[:10]
+    rewards = {"toy-alignment": load_reward("toy-alignment")}
+    monkeypatch.setattr(evaluate, "WORLD_SIZE", 3)
+    for rank, share in enumerate(((0, 3, 6, 9), (1, 4, 7), (2, 5, 8))):
+        before = set(results.read("base", "toy-small", prompts))
+        monkeypatch.setattr(evaluate, "RANK", rank)
+        evaluate.score_set(config, results, "base", pipe, "toy-small", prompts, rewards)
+        assert set(results.read("base", "toy-small", prompts)) - before == set(share)
+
+
 def test_killed_and_restarted_equals_uninterrupted(two_models, evaluated, tmp_path, monkeypatch):
     """The disk fills up in the middle; the same command then goes on, and nothing finished is made again."""
     flags = [*FLAGS, "--models", f"base={two_models}/base", f"other={two_models}/other", "--output_dir", str(tmp_path)]
