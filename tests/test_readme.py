@@ -127,6 +127,14 @@ def test_the_papers_comparisons_in_the_readme_are_the_committed_ones():
             f"{row[v]:.4f} ± {row[e]:.4f}" for v, e in (("cosine", "standard_error"), ("above_prdp", "above_prdp_standard_error"))
         )
         assert f"| {name} | {cosine} | {above} |" in section, name
+    longer = ROOT / "results" / "reproduce-long"
+    for model, seeds in json.loads((longer / "table2.json").read_text())["scores"].items():
+        (sets,) = seeds.values()
+        cells = [f"{scores['toy-alignment']['mean']:.3f}" for scores in sets.values()]
+        assert f"| {model} | {' | '.join(cells)} |" in section, model
+    found = {row["method"]: row["reward"] for row in json.loads((longer / "learning-rates.json").read_text())["results"]}
+    for rate in ("3e-5", "1e-4", "3e-4"):
+        assert f"{found['prdp'][rate]:.3f} to {found['ddpo'][rate]:.3f} at {rate}" in section.replace("\n", " "), rate
     time = json.loads((folder / "time.json").read_text())
     (seconds,) = (made["seconds"] for made in time["invocations"] if made["targets"] == list(TARGETS))
     assert seconds < 90 * 60
