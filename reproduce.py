@@ -249,9 +249,9 @@ def reproduce(names: list[str], options) -> None:
         processes.say(f"{target.title}: {path} and {path.with_suffix('.png')}")
     seconds = time.monotonic() - began
     file = options.results / "time.json"
-    earlier = json.loads(file.read_text())["invocations"] if file.exists() else []
-    this = {"targets": names, "seeds": options.seeds, "at_once": options.jobs, "seconds": round(seconds)}
-    write(file, {"invocations": [*earlier, this]}, options)
+    earlier = json.loads(file.read_text()) if file.exists() else []
+    this = provenance("reproduce.py", options.argv) | {"seconds": round(seconds)}
+    file.write_text(json.dumps([*earlier, this], indent=1) + "\n")
     processes.say(f"all in {seconds / 60:.0f} minutes")
 
 
