@@ -82,14 +82,17 @@ def ddim_scheduler(config, num_steps: int, eta: float) -> DDIMScheduler:
     return scheduler
 
 
-def noise_levels(scheduler: DDIMScheduler, t: Tensor, eta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """alpha_bar_t, alpha_bar_{t-1} and sigma_t of the steps from timesteps (M,), each (M, 1, 1, 1)."""
+def noise_levels(scheduler: DDIMScheduler, t: Tensor, eta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """alpha_bar_t, alpha_bar_{t-1} and sigma_t of the steps from timesteps (M,), each (M, 1, 1, 1) in fp64.
+
+    Their differences are small where steps are: what is made of them is rounded once, at the end.
+    """
     t_prev = t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
-    alpha_bars = scheduler.alphas_cumprod.to(t.device)
-    alpha_bar_t = alpha_bars[t].to(dtype).view(-1, 1, 1, 1)
+    alpha_bars = scheduler.alphas_cumprod.to(t.device).double()
+    alpha_bar_t = alpha_bars[t].view(-1, 1, 1, 1)
     # The last step leads to final_alpha_cumprod: ask whether t_prev is negative before clamping it to an index.
-    alpha_bar_prev = torch.where(t_prev < 0, scheduler.final_alpha_cumprod.to(t.device), alpha_bars[t_prev.clamp(min=0)])
-    alpha_bar_prev = alpha_bar_prev.to(dtype).view(-1, 1, 1, 1)
+    final = scheduler.final_alpha_cumprod.to(t.device).double()
+    alpha_bar_prev = torch.where(t_prev < 0, final, alpha_bars[t_prev.clamp(min=0)]).view(-1, 1, 1, 1)
     sigma_t = eta * ((1 - alpha_bar_prev) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_prev)).sqrt()
     return alpha_bar_t, alpha_bar_prev, sigma_t
 
@@ -102,22 +105,25 @@ def ddim_gaussian(scheduler: DDIMScheduler, model_output: Tensor, x_t: Tensor, t
     """
     dtype = torch.promote_types(x_t.dtype, torch.float32)
     model_output, x_t = model_output.to(dtype), x_t.to(dtype)
-    alpha_bar_t, alpha_bar_prev, sigma_t = noise_levels(scheduler, t, eta, dtype)
-
+    alpha_bar_t, alpha_bar_prev, sigma_t = noise_levels(scheduler, t, eta)
+    epsilon_weight = (1 - alpha_bar_prev - sigma_t**2).clamp(min=0).sqrt()
+    alpha_t, s_t, alpha_prev, epsilon_weight, sigma_t = (
+        level.to(dtype)
+        for level in (alpha_bar_t.sqrt(), (1 - alpha_bar_t).sqrt(), alpha_bar_prev.sqrt(), epsilon_weight, sigma_t)
+    )
     match scheduler.config.prediction_type:
         case "epsilon":
-            x_0 = (x_t - (1 - alpha_bar_t).sqrt() * model_output) / alpha_bar_t.sqrt()
+            x_0 = (x_t - s_t * model_output) / alpha_t
             epsilon = model_output
         case "v_prediction":
-            x_0 = alpha_bar_t.sqrt() * x_t - (1 - alpha_bar_t).sqrt() * model_output
-            epsilon = alpha_bar_t.sqrt() * model_output + (1 - alpha_bar_t).sqrt() * x_t
+            x_0 = alpha_t * x_t - s_t * model_output
+            epsilon = alpha_t * model_output + s_t * x_t
         case other:
             raise ValueError(f"prediction_type must be epsilon or v_prediction, not {other}")
     if scheduler.config.clip_sample:
         x_0 = x_0.clamp(-scheduler.config.clip_sample_range, scheduler.config.clip_sample_range)
 
-    mu = alpha_bar_prev.sqrt() * x_0 + (1 - alpha_bar_prev - sigma_t**2).clamp(min=0).sqrt() * epsilon
-    return mu, sigma_t
+    return alpha_prev * x_0 + epsilon_weight * epsilon, sigma_t
 
 
 def noisy_steps(scheduler: DDIMScheduler, eta: float) -> Tensor:
@@ -209,9 +215,9 @@ def step_divergence(policy: Policy, reference, form: str, x_t: Tensor, t: Tensor
         mu_ref, sigma = ddim_gaussian(policy.scheduler, guided_output(pi_ref, x_t, t, cond), x_t, t, policy.eta)
     if form == "exact":
         return getattr(gaussian_kl(mu, mu_ref, sigma).flatten(1).double(), policy.log_prob_reduction)(1)
-    alpha_bar_t, alpha_bar_prev, _ = noise_levels(policy.scheduler, t, policy.eta, mu.dtype)
+    alpha_bar_t, alpha_bar_prev, sigma = noise_levels(policy.scheduler, t, policy.eta)
     k_t = (1 - alpha_bar_prev - sigma**2).clamp(min=0).sqrt() - (alpha_bar_prev * (1 - alpha_bar_t) / alpha_bar_t).sqrt()
-    return (((mu - mu_ref) / k_t) ** 2).flatten(1).double().mean(1)
+    return (((mu - mu_ref) / k_t.to(mu)) ** 2).flatten(1).double().mean(1)
 
 
 def _entries(policy: Policy, latents: Tensor, cond: Embeddings, entries: Tensor, batch_size: int):

@@ -153,7 +153,7 @@ def test_gradient_with_a_divergence_equals_autograd(form, reduction):
             ).flatten(1)
             kl = getattr(kl, reduction)(1)
         else:  # the miniature predicts v, and eps = sqrt(abar) v + sqrt(1 - abar) x_t
-            alpha_bar, _, _ = noise_levels(policy.scheduler, t, 1.0, torch.float64)
+            alpha_bar, _, _ = noise_levels(policy.scheduler, t, 1.0)
             kl = (alpha_bar * (output - output_ref) ** 2).flatten(1).mean(1)
         log_prob = gaussian_log_prob(latents[:, i + 1], mu, sigma, reduction)
         total = total + (log_prob * table_grad[:, column]).sum() + (kl * kl_grad[:, column]).sum()
