@@ -4,17 +4,11 @@ The defaults are the paper's small-scale HPSv2 experiment (Table 4, first column
 line replaces any.
 """
 
-import argparse
 import dataclasses
-import difflib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-from transformers import HfArgumentParser
-
-import checkpoint
-from sampler import Policy, noisy_steps
+import torch
 
 
 def setting(default, help: str):
@@ -24,7 +18,7 @@ def setting(default, help: str):
     return dataclasses.field(default=default, metadata={"help": help})
 
 
-METHODS = {"prdp": "methods.PRDP", "ddpo": "methods.DDPO", "dpok": "methods.DPOK", "d3po": "methods.D3PO"}
+DTYPES = {"no": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -42,7 +36,7 @@ class Config:
     eval_prompts: str = setting("animals", "Prompts scored and drawn at fixed seeds every --eval_every epochs; empty for none.")
     reward: list[str] = setting(["hpsv2"], "Reward r: names or module:function, each with an optional =weight, summed.")
     reward_weights: list[str] = setting([], "NAME=PATH of reward models on this machine; the others come from the hub.")
-    method: str = setting("prdp", "prdp, ddpo, dpok or d3po: the loss and the schedule of updates.")
+    method: Literal["prdp", "ddpo", "dpok", "d3po"] = setting("prdp", "The loss and the schedule of updates.")
     offline: bool = setting(False, "Draw all trajectories from pi_ref instead of pi_old: the ablation of Sec. 4.3.")
     lora_rank: int = setting(0, "NOT IN PAPER: adapters of this rank on the attention layers; 0 trains every weight.")
 
@@ -58,7 +52,7 @@ class Config:
     shared_x_T: bool = setting(False, "The images of a prompt start from the same x_T. NOT IN PAPER: makes Eq. 9 exact.")
     seed: int = setting(0, "Of noise and prompt order.")
 
-    # Of one method only (methods.py)
+    # Of one comparator only
     reward_statistics: Literal["prompt", "batch"] = setting("prompt", "ddpo: what normalises a reward.")
     statistics_size: int = setting(32, "ddpo: rewards remembered for every prompt.")
     statistics_min_count: int = setting(16, "ddpo: a prompt with fewer is normalised by the batch.")
@@ -83,7 +77,7 @@ class Config:
     sample_batch_size: int = setting(16, "Trajectories sampled, decoded and scored at a time, per process.")
     log_prob_batch_size: int = setting(16, "(trajectory, step) entries of the table per forward pass, per process.")
     train_batch_size: int = setting(8, "(trajectory, step) entries of the table per backward pass, per process.")
-    autocast: Literal["no", "bf16", "fp16"] = setting("no", "Precision of the UNet's passes; weights and log-probs stay fp32.")
+    autocast: Literal["no", "bf16"] = setting("no", "Precision of the UNet's passes; weights and log-probs stay fp32.")
     reward_dtype: Literal["fp32", "bf16", "fp16"] = setting("fp32", "Precision of the reward models; scores stay fp32.")
     tf32: bool = setting(False, "TF32 in fp32 matrix products and convolutions.")
     compile: bool = setting(False, "torch.compile the UNet: minutes at the start, faster epochs.")
@@ -135,9 +129,9 @@ PRESETS: dict[str, dict] = {
     "d3po": dict(
         method="d3po", model="stable-diffusion-v1-5/stable-diffusion-v1-5", lora_rank=4, prompts="animals-bare",
         eval_prompts="animals-bare", reward=["aesthetic"], epochs=400, updates_per_epoch=20, prompts_per_epoch=80,
-        images_per_prompt=2, shared_x_T=True, kl_weight=0.1, clip_range=0.1, num_steps=20, learning_rate=3e-5, autocast="fp16",
+        images_per_prompt=2, shared_x_T=True, kl_weight=0.1, clip_range=0.1, num_steps=20, learning_rate=3e-5, autocast="bf16",
     ),
-    # Sampling in 5 steps of equal log-SNR (toy_model.py) without guidance, so that an epoch takes seconds. log-probs are
+    # Sampling in 5 steps of equal log-SNR (miniature/build.py) without guidance, so that an epoch takes seconds. log-probs are
     # means over D = 256 dimensions: the large-scale epsilon of 1e-4 at D = 16384 is 1.64 nats per step, here 6.4e-3.
     "toy": dict(
         model="toy", prompts="toy-train", eval_prompts="toy-heldout", reward=["toy-alignment"],
@@ -154,56 +148,8 @@ MAY_CHANGE_ON_RESUME = {
 }  # fmt: skip
 
 
-class Parser(HfArgumentParser):
-    """Raises ValueError with one line instead of printing the usage of forty flags."""
-
-    def error(self, message: str):
-        raise ValueError(f"{message} (all settings: --help)")
-
-    def parse_strictly(self, argv: list[str]):
-        """The dataclass; ValueError for an unknown argument, with the flag it resembles."""
-        config, unknown = self.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-        if unknown:
-            close = difflib.get_close_matches(unknown[0], [flag for flag in self._option_string_actions if flag[:2] == "--"], 1)
-            raise ValueError(f"unknown argument {unknown[0]!r}" + (f": did you mean {close[0]}?" if close else " (see --help)"))
-        return config
-
-
-def parse(argv: list[str]) -> Config:
-    """Config from the command line: defaults, then the preset's or the resumed run's settings, then the flags given.
-
-    ValueError for an unknown preset or flag, a value of the wrong kind, or a resumed setting that may not change.
-    """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--preset", default=Config.preset)
-    first.add_argument("--resume", default="")
-    try:
-        given, _ = first.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise ValueError(str(error)) from error
-    parser = Parser(Config, prog="train.py", description="Finetuning by PRDP, DDPO, DPOK or D3PO.", allow_abbrev=False)
-    if given.resume:
-        saved = checkpoint.read_state(Path(given.resume))["config"]
-        parser.set_defaults(**saved | {"resume": given.resume, "output_dir": given.resume})
-    elif given.preset in PRESETS:
-        parser.set_defaults(preset=given.preset, output_dir=f"runs/{given.preset}", **PRESETS[given.preset])
-    else:
-        raise ValueError(f"unknown preset {given.preset!r}: use {', '.join(PRESETS)}")
-    config = parser.parse_strictly(argv)
-    if given.resume:
-        now = dataclasses.asdict(config)
-        changed = [k for k in now if now[k] != saved.get(k) and k not in MAY_CHANGE_ON_RESUME]
-        if changed:
-            k = changed[0]
-            raise ValueError(f"cannot resume {given.resume} with {k}={now[k]}: it ran with {saved.get(k)}; allowed to change: "
-                             f"{', '.join(sorted(MAY_CHANGE_ON_RESUME - {'resume', 'output_dir'}))}")  # fmt: skip
-    return config
-
-
 def check(config: Config, world_size: int) -> None:
     """ValueError naming the setting if the numbers cannot work together."""
-    if config.method not in METHODS:
-        raise ValueError(f"unknown method {config.method!r}: use {', '.join(METHODS)}")
     whole = ("epochs", "updates_per_epoch", "prompts_per_epoch", "num_steps", "eval_every", "save_every")
     of_methods = ("statistics_size", "statistics_min_count", "steps_per_update")
     for name in (*whole, *of_methods, "sample_batch_size", "log_prob_batch_size", "train_batch_size"):
@@ -238,42 +184,3 @@ def check(config: Config, world_size: int) -> None:
             raise ValueError(f"{name} must be at least 0, not {getattr(config, name)}")
     if config.lora_rank and config.reference_on_cpu:
         raise ValueError("reference_on_cpu: with lora_rank there is no second UNet to keep anywhere")
-
-
-def describe(config: Config, world_size: int, policy: Policy, prompts: list[str], truncated: int, trained: dict) -> str:
-    """The batch arithmetic and the units, for people to check."""
-    n, b, k = config.prompts_per_epoch, config.images_per_prompt, config.updates_per_epoch
-    steps, size = len(noisy_steps(policy.scheduler, policy.eta)), policy.latent_size
-    local, micro = n * b * steps // world_size, config.train_batch_size
-    lines = [
-        f"{n} of {len(prompts)} prompts x {b} images = {n * b} trajectories x {steps} steps = {n * b * steps} log-probs an epoch",
-        *([f"{n} prompts x {b * (b - 1) // 2} = {n * b * (b - 1) // 2} pairs in the loss"] if config.method == "prdp" else []),
-        f"{world_size} processes x {n // world_size} prompts = {local} log-probs each = {local // micro} micro-batches of {micro}"
-        + (f" and one of {local % micro}" if local % micro else ""),
-        f"{config.epochs} epochs x {k} updates = {config.epochs * k} updates"
-        f" of {sum(parameter.numel() for parameter in trained.values()):,} parameters",
-        f"{config.epochs} epochs x {n * b} = {config.epochs * n * b} reward queries",
-        f"log-probs are {'means over' if config.log_prob_reduction == 'mean' else 'sums over'} D = {size} latent dimensions: "
-        f"clip_range {config.clip_range:g} is {config.clip_range * policy.in_nats:.3g} nats a step"
-        + ("; with one update per epoch the clip cannot act" if k == 1 and config.method != "d3po" else ""),
-    ]
-    if truncated:
-        lines.append(
-            f"{truncated} of {len(prompts)} prompts are longer than the text encoder reads; it sees their beginning only"
-        )
-    return "\n".join(lines)
-
-
-def describe_rounding(config: Config, policy: Policy, deviation) -> str:
-    """The (S,) deviation of log-ratios that should be zero, in units of the clip range, with a warning where it drowns it."""
-    in_clips = deviation / config.clip_range
-    lines = [
-        f"rounding: log-ratios at unchanged weights are up to {deviation.max():.2g} = {in_clips.max():.2g} clip ranges off; "
-        f"by step, in clip ranges: {' '.join(f'{value:.2g}' for value in in_clips)}"
-    ]
-    if in_clips.max() > 1 and config.updates_per_epoch > 1:
-        lines.append(
-            f"warning: clip_range {config.clip_range:g} drowns in rounding, so the clip acts on noise as well: "
-            "use a higher precision (--autocast no, --tf32 False) or a larger --clip_range"
-        )
-    return "\n".join(lines)

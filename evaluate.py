@@ -21,18 +21,17 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-import checkpoint
-import processes
-import report
-from config import Parser, setting
-from pipeline import encode_prompts
-from processes import RANK, WORLD_SIZE, say, together
-from prompts import draw_prompts, load_prompts
+from config import setting
+from plumbing import checkpoint, processes, report
+from plumbing.flags import Parser
+from plumbing.pipeline import encode_prompts, pipeline_policy, sample_images
+from plumbing.processes import RANK, WORLD_SIZE, all_gather, say
+from plumbing.prompts import draw_prompts, load_prompts
+from plumbing.scores import Model, Results, claim
+from plumbing.trainable import open_model
 from rdp_loss import log_ratio, prediction_quality
 from rewards import Reward, RewardError, load_reward, parse_weighted
-from sampler import EVALUATION, Policy, ddim_scheduler, log_prob_table, sample_images, sample_trajectories
-from scores import Model, Results, claim
-from trainable import open_model
+from sampler import EVALUATION, Policy, log_prob_table, sample_trajectories
 
 
 @dataclass
@@ -133,8 +132,7 @@ def load_set(name: str, config: EvaluationConfig) -> list[str]:
 
 
 def policy_of(pipe, config: EvaluationConfig) -> Policy:
-    scheduler = ddim_scheduler(pipe.scheduler.config, config.num_steps, config.eta)
-    return Policy(pipe.unet, scheduler, encode_prompts(pipe, None), config.guidance_scale, config.eta)
+    return pipeline_policy(pipe, config.num_steps, guidance_scale=config.guidance_scale, eta=config.eta)
 
 
 def score_set(
@@ -193,15 +191,22 @@ def predict(
     policy, reference = policy_of(pipe, config), policy_of(base(), config)
     for n in range(number):
         cond = encode_prompts(pipe, [prompts[n]] * B)
-        (drawn,) = sample_trajectories(policy, cond, [(config.seed, EVALUATION, n, b) for b in range(B)], False, B)
-        log_probs_ref = log_prob_table(reference, drawn.latents, cond, config.batch_size)
-        rhat.append(log_ratio(drawn.log_probs.cpu(), log_probs_ref, model.run["step_reduction"]))
-    in_nats = policy.latent_size if model.run["log_prob_reduction"] == "sum" else 1
+        drawn = sample_trajectories(policy, cond, [(config.seed, EVALUATION, n, b) for b in range(B)], B)
+        log_probs_ref = log_prob_table(reference, drawn, config.batch_size)
+        rhat.append(log_ratio(drawn.log_probs, log_probs_ref, model.run["step_reduction"]))
+    in_nats = policy.in_nats if model.run["log_prob_reduction"] == "sum" else 1
     rewards = torch.tensor([[sum(w * done[n]["scores"][name][b] for name, w in parts) for b in range(B)] for n in range(number)])
     rhat, beta = torch.stack(rhat) * in_nats, model.run["kl_weight"]
     correlation, slope = prediction_quality(rhat, rewards, beta)
     values = {"predicted": (beta * rhat).tolist(), "actual": rewards.tolist()}
     file.write_text(json.dumps({"correlation": correlation, "slope": slope} | values))
+
+
+def columns(config: EvaluationConfig, models: list[Model]) -> dict[str, dict[str, float]]:
+    """{title: {reward: weight}} of every reward, and of the sum that the first run was trained on, if it was one."""
+    trained = next((parse_weighted(model.run["reward"]) for model in models if model.run), [])
+    total = {"training reward": dict(trained)} if len(trained) > 1 and all(name in config.rewards for name, _ in trained) else {}
+    return {name: {name: 1.0} for name in config.rewards} | total
 
 
 def main(argv: list[str]) -> None:
@@ -212,7 +217,7 @@ def main(argv: list[str]) -> None:
         rewards = {name: load_reward(name, config.reward_weights, device) for name in config.rewards}
         results = Results(Path(config.output_dir))
         fixed = {name: value for name, value in dataclasses.asdict(config).items() if name not in MAY_CHANGE}
-        processes.in_first(lambda: claim(results, fixed, models))
+        processes.all_wait_for_first(lambda: claim(results, fixed, models))
         base = functools.cache(lambda: open_model(models[0].folder, models[0].folder, device))
         for model in models:
             opened = functools.cache(lambda model=model: open_model(model.folder, models[0].folder, device))
@@ -227,9 +232,9 @@ def main(argv: list[str]) -> None:
                 for set_name, prompts in sets.items():
                     predict(config, results, model, opened, base, set_name, prompts)
 
-            together(score)
-            processes.in_first(compare)
-        processes.in_first(lambda: report.write(config, results, models, sets, argv))
+            all_gather(score)
+            processes.all_wait_for_first(compare)
+        processes.all_wait_for_first(lambda: report.write(config, results, models, sets, columns(config, models), argv))
     say((results.output / "table.md").read_text())
     say(f"look at {results.output / 'report.html'}; all numbers are in {results.output / 'results.json'}")
     processes.stop()

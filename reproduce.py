@@ -21,17 +21,15 @@ import sys
 import time
 from pathlib import Path
 
-import checkpoint
-import plots
-import processes
-import toy_model
-from config import parse
-from figures import TARGETS, Target
-from jobs import Job, work_off
-from prompts import load_prompts
-from provenance import provenance
-from record import read_metrics
-from scores import Results
+from miniature import build
+from plumbing import checkpoint, plots, processes
+from plumbing.figures import TARGETS, Target
+from plumbing.flags import parse
+from plumbing.jobs import Job, work_off
+from plumbing.prompts import load_prompts
+from plumbing.provenance import provenance
+from plumbing.run import read_metrics
+from plumbing.scores import Results
 
 MODEL = "toy"
 SEARCH_SEED = 100
@@ -216,7 +214,7 @@ def draw_pictures(target: Target, path: Path, options) -> None:
 def reproduce(names: list[str], options) -> None:
     began = time.monotonic()
     (options.folder / "logs").mkdir(parents=True, exist_ok=True)
-    toy_model.ensure()
+    build.ensure()
     targets = {name: TARGETS[name] for name in names}
     variants = list(dict.fromkeys(name for target in targets.values() for name in target.variants))
     pairs = list(dict.fromkeys(VARIANTS[name][:2] for name in variants))
@@ -228,7 +226,11 @@ def reproduce(names: list[str], options) -> None:
         jobs.append(training(name, method, scale, flags, chosen[method, scale], seed, options))
     work_off([job for job in jobs if job], "runs", options.jobs, options.folder / "logs")
     output = str(options.results / "variance.json")
-    jobs = [Job("variance", [sys.executable, "gradient_variance.py", "--output", output])] if "variance" in targets else []
+    jobs = (
+        [Job("variance", [sys.executable, "-m", "benchmarks.gradient_variance", "--output", output])]
+        if "variance" in targets
+        else []
+    )
     for seed in options.seeds:
         for scale in SCALES:
             models = {}

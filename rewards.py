@@ -5,9 +5,9 @@ scores (B,), higher is better. It is never differentiated. `load_reward` makes o
 
     jpeg-compressibility          minus the size of the picture as a JPEG of quality 95, in kB (DDPO)
     jpeg-incompressibility        the opposite
-    toy-alignment                 share of the prompt's attributes the picture shows, in [0, 1] (toy.py)
-    toy-colourfulness             Hasler and Suesstrunk's measure; ignores the prompt, so it can be hacked (toy.py)
-    hpsv2, hpsv2.1, pickscore, aesthetic, clipscore    learned rewards (reward_models.py)
+    toy-alignment                 share of the prompt's attributes the picture shows, in [0, 1] (miniature/world.py)
+    toy-colourfulness             Hasler and Suesstrunk's measure; ignores the prompt, so it can be hacked (miniature/world.py)
+    hpsv2, hpsv2.1, pickscore, aesthetic, clipscore    learned rewards (plumbing/reward_models.py)
     my_file:my_function           your own function, from a module on the Python path or in the working directory
 
 and `load_rewards(["toy-alignment=1", "toy-colourfulness=0.5"])` makes the weighted sum of several.
@@ -23,9 +23,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import reward_models
-import toy
-from reward_models import Reward, eight_bit, local_weights
+from miniature import world
+from plumbing import reward_models
+from plumbing.reward_models import Reward, eight_bit, local_weights
 
 CPU = torch.device("cpu")
 
@@ -53,8 +53,8 @@ def jpeg_compressibility(images: Tensor, prompts: list[str]) -> Tensor:
 FUNCTIONS: dict[str, Reward] = {
     "jpeg-compressibility": jpeg_compressibility,
     "jpeg-incompressibility": jpeg_incompressibility,
-    "toy-alignment": toy.alignment,
-    "toy-colourfulness": toy.colourfulness,
+    "toy-alignment": world.alignment,
+    "toy-colourfulness": world.colourfulness,
 }
 
 

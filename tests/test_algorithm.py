@@ -10,12 +10,12 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch.distributions import Normal
 
 import train
-from config import parse
-from methods import PRDP
-from pipeline import encode_prompts
-from prompts import draw_prompts
-from sampler import Policy, ddim_scheduler, noise_generator
-from trainable import make_trainable, trained_parameters
+from plumbing.flags import parse
+from plumbing.pipeline import pipeline_policy
+from plumbing.prompts import draw_prompts
+from plumbing.run import Run
+from plumbing.trainable import make_trainable, trained_parameters
+from sampler import noise_generator
 
 PROMPTS = ["a red circle on a blue background", "a large white ring on a black background", "a green cross on a red background"]
 EPOCHS, K, N, B, T, W = 2, 2, 2, 3, 4, 3.0
@@ -118,13 +118,13 @@ def double_pipeline():
 def test_train_is_algorithm_1(tmp_path):
     expected = naive(double_pipeline())
     config, pipe = parse([*FLAGS, "--output_dir", str(tmp_path)]), double_pipeline()
-    scheduler = ddim_scheduler(pipe.scheduler.config, T, 1.0)
-    policy = Policy(pipe.unet, scheduler, encode_prompts(pipe, None), W)
+    policy = pipeline_policy(pipe, T, guidance_scale=W, eta=1.0)
     start = {name: parameter.clone() for name, parameter in pipe.unet.named_parameters()}
     reference = make_trainable(pipe, config)
-    optimizer = torch.optim.SGD(trained_parameters(pipe).values(), LR)
-    (tmp_path / "samples").mkdir()
-    train.train(config, tmp_path, pipe, policy, reference, optimizer, 0, PROMPTS, [], redness, PRDP(config, policy))
+    trained = trained_parameters(pipe)
+    optimizer = torch.optim.SGD(trained.values(), LR)
+    run = Run(config, pipe, policy, trained, optimizer, {}, [], redness)
+    train.train(config, run, pipe, policy, reference, optimizer, PROMPTS, redness, None)
     for name, parameter in pipe.unet.named_parameters():
         moved = (expected[name] - start[name]).abs().max().item()
         torch.testing.assert_close(parameter.detach(), expected[name], rtol=0, atol=1e-6 * moved + 1e-12, msg=name)

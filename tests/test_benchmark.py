@@ -7,9 +7,9 @@ import os
 import pytest
 import torch
 
-import benchmark
-from config import parse
-from pipeline import load_pipeline
+from benchmarks import speed
+from plumbing.flags import parse
+from plumbing.pipeline import load_pipeline
 
 
 def test_table_and_json(capsys, model_folder, tmp_path, monkeypatch):
@@ -27,7 +27,7 @@ def test_table_and_json(capsys, model_folder, tmp_path, monkeypatch):
         "--model",
         str(model_folder),
     ]
-    benchmark.main(["--num_steps", "2", "4", "--output", str(output), *flags])
+    speed.main(["--num_steps", "2", "4", "--output", str(output), *flags])
     first, *printed = capsys.readouterr().out.splitlines()
     assert "GFLOP per trajectory and step" in first
     rows = json.loads(output.read_text())["results"]
@@ -42,15 +42,15 @@ def test_table_and_json(capsys, model_folder, tmp_path, monkeypatch):
 
 def test_wrong_flags_are_refused_with_the_trainers_own_line(capsys):
     with pytest.raises(SystemExit) as stopped:
-        benchmark.main(["--num_steps", "5", "--modell", "x"])
+        speed.main(["--num_steps", "5", "--modell", "x"])
     assert stopped.value.code == 2 and "unknown argument '--modell'" in capsys.readouterr().err
 
 
 def test_operations_are_those_of_the_layers(model_folder):
     """The counter against one layer by hand, and guidance doubling all."""
     config = parse(["--preset", "toy", "--model", str(model_folder)])
-    plain = benchmark.flops_per_entry(config)
-    guided = benchmark.flops_per_entry(dataclasses.replace(config, guidance_scale=3.0))
+    plain = speed.flops_per_entry(config)
+    guided = speed.flops_per_entry(dataclasses.replace(config, guidance_scale=3.0))
     assert guided == 2 * plain
     unet = load_pipeline(str(model_folder), torch.device("cpu")).unet
     done = []

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import train
-from config import PRESETS, check, parse
+from config import PRESETS, check
+from plumbing.flags import parse
 
 # Appendix E, Table 4: small-scale, large-scale, large-scale multi-reward
 TABLE_4 = {
@@ -99,12 +100,12 @@ def test_bare_command_without_weights_names_them_and_the_miniature(capsys, monke
         raise OSError("no connection")
 
     monkeypatch.setattr(train.processes, "start", lambda: torch.device("cuda"))
-    monkeypatch.setattr("reward_models.hf_hub_download", offline)
+    monkeypatch.setattr("plumbing.reward_models.hf_hub_download", offline)
     line = bare_command(capsys)
     assert "HPS_v2_compressed.pt" in line and "xswu/HPSv2" in line and "1.97 GB" in line and "--preset toy" in line
-    monkeypatch.setattr("pipeline.DiffusionPipeline.from_pretrained", offline)
+    monkeypatch.setattr("plumbing.pipeline.DiffusionPipeline.download", offline)
     line = bare_command(capsys, "--reward", "jpeg-compressibility")
     assert "CompVis/stable-diffusion-v1-4" in line and "no connection" in line and "--preset toy" in line
-    monkeypatch.setattr("prompts.hf_hub_download", offline)
+    monkeypatch.setattr("plumbing.prompts.hf_hub_download", offline)
     line = bare_command(capsys, "--preset", "large-hpsv2")
     assert "train.json" in line and "ymhao/HPDv2" in line and "--preset toy" in line

@@ -14,14 +14,14 @@ from conftest import ROOT, make_pipeline, make_policy
 
 import evaluate
 import train
-from pipeline import encode_prompts, load_pipeline
-from prompts import draw_prompts, load_prompts
+from plumbing.pipeline import encode_prompts, load_pipeline, sample_images
+from plumbing.prompts import draw_prompts, load_prompts
+from plumbing.report import chosen
+from plumbing.scores import Results
+from plumbing.trainable import open_model
 from rdp_loss import prediction_quality
-from report import chosen
 from rewards import load_reward
-from sampler import EVALUATION, log_prob_table, sample_images, sample_trajectories
-from scores import Results
-from trainable import open_model
+from sampler import EVALUATION, log_prob_table, sample_trajectories
 
 FLAGS = (
     "--prompts toy-small --rewards toy-alignment toy-colourfulness --images_per_prompt 2 --num_steps 2 --guidance_scale 1".split()
@@ -239,12 +239,12 @@ def test_predicted_differences_are_those_of_the_log_ratio(runs, two_models, tmp_
     prompts = load_prompts("toy-small")
     tuned, base = (load_pipeline(str(folder), CPU) for folder in (runs / "whole" / "pipeline", two_models / "base"))
     policy = make_policy(tuned, num_steps=3, guidance_scale=1.0)
-    reference = dataclasses.replace(policy, unet=base.unet)
+    reference = dataclasses.replace(policy, denoise=dataclasses.replace(policy.denoise, unet=base.unet))
     for n in range(2):
         cond = encode_prompts(tuned, [prompts[n]] * 3)
         names = [(0, EVALUATION, n, b) for b in range(3)]
-        (drawn,) = sample_trajectories(policy, cond, names, False, 3)
-        rhat = (drawn.log_probs - log_prob_table(reference, drawn.latents, cond, 3)).mean(1)
+        drawn = sample_trajectories(policy, cond, names, 3)
+        rhat = (drawn.log_probs - log_prob_table(reference, drawn, 3)).mean(1)
         assert saved["predicted"][n] == pytest.approx((0.1 * rhat).tolist(), rel=1e-3, abs=1e-7)
         scores = Results(out).read("tuned", "toy-small", prompts)[n]["scores"]["toy-colourfulness"]
         assert saved["actual"][n] == pytest.approx([2 * score for score in scores])
@@ -263,7 +263,7 @@ def test_runs_checkpoints_and_adapters_open_as_what_was_trained(runs, two_models
     def output(name: str) -> torch.Tensor:
         pipe = open_model(name, base, CPU)
         nonlocal cond_of
-        cond_of = encode_prompts(pipe, ["a red circle on a blue background"])["encoder_hidden_states"]
+        cond_of = encode_prompts(pipe, ["a red circle on a blue background"]).tensors["encoder_hidden_states"]
         shape = (1, pipe.unet.config.in_channels, pipe.unet.config.sample_size, pipe.unet.config.sample_size)
         x = latents.flatten().repeat(100)[: torch.Size(shape).numel()].view(shape)
         with torch.no_grad():

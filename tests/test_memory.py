@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-import memory
-from config import parse
+from benchmarks import memory
+from plumbing.flags import parse
 
 FLAGS = ["--preset", "large-hpsv2", "--sample_batch_size", "4", "--train_batch_size", "16"]
 

@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 from contextlib import nullcontext
+from typing import ClassVar
 
 import pytest
 import torch
@@ -11,20 +12,15 @@ from safetensors.torch import load_file
 from test_sampler import trajectories
 from test_train import ONE_THREAD, TORCHRUN, metrics, weights
 
-import config
 import train
-from config import parse
-from methods import D3PO, DDPO, DPOK, PRDP, Epoch, Method, Update
-from sampler import (
-    backward_through_table,
-    ddim_gaussian,
-    gaussian_log_prob,
-    guided_output,
-    log_prob_table,
-    noise_levels,
-    noisy_steps,
-    step_divergence,
-)
+from comparators.d3po import D3PO
+from comparators.ddpo import DDPO
+from comparators.dpok import DPOK
+from comparators.epoch import Epoch, Update
+from plumbing.flags import parse
+from plumbing.processes import all_gather, all_sum_gradients
+from plumbing.trainable import reference_mean
+from sampler import REDUCTIONS, Policy, backward_through_table, gaussian, gaussian_log_prob, log_prob_table
 
 N, B = 3, 4
 FLAGS = {
@@ -34,21 +30,25 @@ FLAGS = {
 }
 
 
-def an_epoch(pipe, *flags) -> tuple[Epoch, object, object]:
+def an_epoch(pipe, *flags) -> tuple[Epoch, object, Policy]:
     """An epoch's tables on the small pipeline, with settings and policy."""
     policy = make_policy(pipe)
     prompts = [f"a {colour} ring on a black background" for colour in ("red", "white", "cyan")]
-    latents, log_probs, cond = trajectories(policy, pipe, images=B, prompts=prompts)
+    drawn = trajectories(policy, pipe, images=B, prompts=prompts)
     rewards = torch.rand(N, B, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    log_probs = log_probs.view(N, B, -1)
-    settings = parse(["--preset", "toy", *flags])
-    return Epoch(prompts, rewards, log_probs, log_probs - 0.001 * rewards.unsqueeze(-1), latents, cond, 3), settings, policy
+    log_probs = drawn.log_probs.view(N, B, -1)
+    tables = log_probs, log_probs - 0.001 * rewards.unsqueeze(-1)
+    return Epoch(prompts, rewards, *tables, drawn, slice(0, N * B), 3, 0), parse(["--preset", "toy", *flags]), policy
+
+
+def dpok(settings, policy, mu_ref=None) -> DPOK:
+    return DPOK(settings, policy, text_width=16, mu_ref=mu_ref, all_gather=all_gather, all_sum_gradients=all_sum_gradients)
 
 
 @pytest.mark.parametrize("method, flags", [(DDPO, FLAGS["ddpo"]), (D3PO, FLAGS["d3po"])])
 def test_minibatches_are_disjoint_and_cover_the_epoch(pipe, method, flags):
-    epoch, settings, policy = an_epoch(pipe, *flags.split())
-    updates = list(method(settings, policy).updates(epoch))
+    epoch, settings, _ = an_epoch(pipe, *flags.split())
+    updates = list(method(settings).updates(epoch))
     assert len(updates) == settings.updates_per_epoch
     assert torch.equal(sum(update.entries.int() for update in updates), torch.ones(N, B, 4, dtype=torch.int))
     for update in updates:
@@ -61,22 +61,27 @@ def test_minibatches_are_disjoint_and_cover_the_epoch(pipe, method, flags):
 
 
 def test_minibatches_change_with_the_epoch_and_not_with_the_process(pipe):
-    epoch, settings, policy = an_epoch(pipe, *FLAGS["ddpo"].split())
-    first, again = ([u.entries for u in DDPO(settings, policy).updates(epoch)] for _ in range(2))
+    epoch, settings, _ = an_epoch(pipe, *FLAGS["ddpo"].split())
+    first, again = ([u.entries for u in DDPO(settings).updates(epoch)] for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    other = dataclasses.replace(epoch, seed=4)
-    assert not torch.equal(first[0], next(DDPO(settings, policy).updates(other)).entries)
+    for change in (dict(seed=4), dict(epoch=1)):
+        assert not torch.equal(first[0], next(DDPO(settings).updates(dataclasses.replace(epoch, **change))).entries)
 
 
-def test_prdp_takes_all_entries_every_time(pipe):
-    epoch, settings, policy = an_epoch(pipe, "--updates_per_epoch", "3")
-    assert [update.entries.all().item() for update in PRDP(settings, policy).updates(epoch)] == [True] * 3
+def test_a_loss_of_other_entries_than_its_own_is_noticed(pipe):
+    epoch, _, _ = an_epoch(pipe)
+    entries = torch.zeros_like(epoch.log_probs_old, dtype=torch.bool)
+    entries[0] = True
+    loss, grad = Update(entries, lambda table: table[0].sum()).differentiated(epoch.log_probs_old.clone())
+    assert loss == epoch.log_probs_old[0].sum() and torch.equal(grad, entries.double())
+    with pytest.raises(AssertionError, match="reads entries that are not among its own"):
+        Update(entries, lambda table: table.sum()).differentiated(epoch.log_probs_old.clone())
 
 
 @pytest.mark.parametrize("critic", ["True", "False"])
 def test_dpok_takes_random_steps_and_subtracts_the_critic(pipe, critic):
     epoch, settings, policy = an_epoch(pipe, *FLAGS["dpok"].split(), "--critic", critic, "--reward_scale", "2")
-    method = DPOK(settings, policy)
+    method = dpok(settings, policy)
     updates = list(method.updates(epoch))
     assert len(updates) == 3
     for update in updates:
@@ -85,7 +90,7 @@ def test_dpok_takes_random_steps_and_subtracts_the_critic(pipe, critic):
         value = torch.zeros(N * B, 4)
         if settings.critic:
             with torch.no_grad():
-                value = method.value(epoch, torch.ones(N * B, 4).nonzero()).view(N * B, 4)
+                value = method.value(epoch.mine, *torch.ones(N * B, 4).nonzero().unbind(1)).view(N * B, 4)
         advantage = epoch.rewards.view(-1, 1) - value.double()
         expected = -2 * advantage.view(N, B, 4) * update.entries / 20
         torch.testing.assert_close(grad, expected)
@@ -93,11 +98,11 @@ def test_dpok_takes_random_steps_and_subtracts_the_critic(pipe, critic):
 
 def test_dpok_critic_learns_the_reward(pipe):
     epoch, settings, policy = an_epoch(pipe, "--method", "dpok")
-    method, every = DPOK(settings, policy), torch.ones(N * B, 4).nonzero()
+    method, every = dpok(settings, policy), torch.ones(N * B, 4).nonzero().unbind(1)
 
     def error() -> float:
         with torch.no_grad():
-            return (method.value(epoch, every).view(N * B, 4) - epoch.rewards.view(-1, 1)).square().mean().item()
+            return (method.value(epoch.mine, *every).view(N * B, 4) - epoch.rewards.view(-1, 1)).square().mean().item()
 
     before = error()
     for _ in range(40):
@@ -107,58 +112,53 @@ def test_dpok_critic_learns_the_reward(pipe):
 
 def test_part_of_a_table_is_that_part_of_the_whole(pipe):
     policy = make_policy(pipe)
-    latents, log_probs, cond = trajectories(policy, pipe)
-    entries = torch.rand(log_probs.shape, generator=torch.Generator().manual_seed(0)) < 0.5
-    part = log_prob_table(policy, latents, cond, 5, entries)
+    drawn = trajectories(policy, pipe)
+    entries = torch.rand(drawn.log_probs.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    part = log_prob_table(policy, drawn, 5, entries)
     assert (part[~entries] == 0).all()
-    torch.testing.assert_close(part[entries], log_probs[entries].double(), rtol=0, atol=2e-5)
+    torch.testing.assert_close(part[entries], drawn.log_probs[entries], rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("form", ["exact", "eps_mse"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_gradient_with_a_divergence_equals_autograd(form, reduction):
     """Against the formulas of DPOK written out on the predicted noises, with a graph over all steps."""
-    reference = make_pipeline(seed=0).unet.double()
-    pipe = make_pipeline(seed=1)
-    policy = make_policy(pipe, reduction=reduction)
-    latents, log_probs, cond = trajectories(policy, pipe)
-    pipe.unet.double()
-    latents, cond = latents.double(), {k: v.double() for k, v in cond.items()}
-    policy = dataclasses.replace(policy, uncond={k: v.double() for k, v in policy.uncond.items()})
+    pipes = [make_pipeline(seed) for seed in (0, 1)]
+    for pipe in pipes:
+        pipe.unet.double()
+        pipe.text_encoder.double()
+    pi_ref, policy = (make_policy(pipe, log_prob_reduction=reduction) for pipe in pipes)
+    drawn = trajectories(policy, pipes[1])
     generator = torch.Generator().manual_seed(0)
-    table_grad, kl_grad = (torch.randn(log_probs.shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    table_grad, kl_grad = (torch.randn(drawn.log_probs.shape, generator=generator, dtype=torch.float64) for _ in range(2))
     kl_grad[0], table_grad[:2] = 0, 0  # one trajectory without either, one with the divergence only
 
-    pi_ref = dataclasses.replace(policy, unet=reference)
+    method = dpok(parse(["--kl_form", form]), policy, reference_mean(policy, lambda _: nullcontext(pi_ref)))
+    unet = pipes[1].unet.requires_grad_(True)
+    backward_through_table(policy, drawn, table_grad, 4, method.divergence, kl_grad)
+    ours = torch.cat([p.grad.flatten() for p in unet.parameters() if p.grad is not None])
 
-    def divergence(*step):
-        return step_divergence(policy, lambda _: nullcontext(pi_ref), form, *step)
-
-    pipe.unet.requires_grad_(True)
-    backward_through_table(policy, latents, cond, table_grad, 4, kl_grad, divergence)
-    ours = torch.cat([p.grad.flatten() for p in pipe.unet.parameters() if p.grad is not None])
-
-    pipe.unet.zero_grad()
+    unet.zero_grad()
     total = 0.0
-    for column, i in enumerate(noisy_steps(policy.scheduler, 1.0)):
-        t, x_t = policy.scheduler.timesteps[i].expand(len(latents)), latents[:, i]
-        output = guided_output(policy, x_t, t, cond)
-        mu, sigma = ddim_gaussian(policy.scheduler, output, x_t, t, 1.0)
+    for column, i in enumerate(policy.schedule.noisy):
+        t, x_t = policy.schedule.timesteps[i].expand(len(table_grad)), drawn.latents[:, i]
+        output = policy.denoise(x_t, t, drawn.cond)
+        mu, sigma = gaussian(policy, x_t, i.expand(len(table_grad)), drawn.cond)
         with torch.no_grad():
-            output_ref = guided_output(pi_ref, x_t, t, cond)
-            mu_ref, _ = ddim_gaussian(policy.scheduler, output_ref, x_t, t, 1.0)
+            output_ref = pi_ref.denoise(x_t, t, drawn.cond)
+            mu_ref, _ = gaussian(pi_ref, x_t, i.expand(len(table_grad)), drawn.cond)
         if form == "exact":
             kl = torch.distributions.kl_divergence(
                 torch.distributions.Normal(mu, sigma.expand_as(mu)), torch.distributions.Normal(mu_ref, sigma.expand_as(mu))
             ).flatten(1)
-            kl = getattr(kl, reduction)(1)
+            kl = REDUCTIONS[reduction](kl, 1)
         else:  # the miniature predicts v, and eps = sqrt(abar) v + sqrt(1 - abar) x_t
-            alpha_bar, _, _ = noise_levels(policy.scheduler, t, 1.0)
+            alpha_bar = pipes[1].scheduler.alphas_cumprod[t[0]].double()
             kl = (alpha_bar * (output - output_ref) ** 2).flatten(1).mean(1)
-        log_prob = gaussian_log_prob(latents[:, i + 1], mu, sigma, reduction)
+        log_prob = gaussian_log_prob(drawn.latents[:, i + 1], mu, sigma, reduction)
         total = total + (log_prob * table_grad[:, column]).sum() + (kl * kl_grad[:, column]).sum()
     total.backward()
-    expected = torch.cat([p.grad.flatten() for p in pipe.unet.parameters() if p.grad is not None])
+    expected = torch.cat([p.grad.flatten() for p in unet.parameters() if p.grad is not None])
     assert expected.norm() > 0
     torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6 * expected.abs().max().item())
 
@@ -228,17 +228,18 @@ def test_damaged_method_state(capsys, model_folder, tmp_path):
     assert stopped.value.code == 2 and "damaged checkpoint" in capsys.readouterr().err
 
 
-class RewardWeighted(Method):
-    """A fifth method: what the README says one needs."""
+class RewardWeighted:
+    """A fifth method: what comparators/__init__.py says one needs."""
+
+    remembers: ClassVar = {}
 
     def updates(self, epoch):
-        yield Update(
-            torch.ones_like(epoch.log_probs_old, dtype=torch.bool), lambda table: -(epoch.rewards.unsqueeze(-1) * table).mean()
-        )
+        entries = torch.ones_like(epoch.log_probs_old, dtype=torch.bool)
+        yield Update(entries, lambda table: -(epoch.rewards.unsqueeze(-1) * table).mean())
 
 
-def test_a_further_method_is_a_class_and_a_line(model_folder, tmp_path, monkeypatch):
-    monkeypatch.setitem(config.METHODS, "weighted", "test_methods.RewardWeighted")
+def test_a_further_method_is_a_class_and_a_case(model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.comparators, "chosen", lambda *_, **__: RewardWeighted())
     run = tmp_path / "run"
-    train.main(arguments("ddpo", model_folder, run, tmp_path, "--method", "weighted", "--epochs", "1"))
+    train.main(arguments("ddpo", model_folder, run, tmp_path, "--epochs", "1"))
     assert metrics(run)[1]["grad_norm"] > 0

@@ -6,8 +6,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-import prompts
-from prompts import draw_prompts, load_prompts
+from plumbing import prompts
+from plumbing.prompts import draw_prompts, load_prompts
 
 WANTED = ["a cat, sitting", "ein Bär"]
 MESSY = ["a cat, sitting", "  ein Bär ", "", "a cat, sitting"]

@@ -6,10 +6,10 @@ import re
 
 from conftest import ROOT
 
+from benchmarks.memory import RECIPES
 from config import PRESETS
-from figures import TARGETS
-from memory import RECIPES
-from reward_models import SOURCES
+from plumbing.figures import TARGETS
+from plumbing.reward_models import SOURCES
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 

@@ -9,12 +9,10 @@ import pytest
 import torch
 from conftest import ROOT
 
-import figures
-import gradient_variance
-import jobs
-import plots
 import reproduce
+from benchmarks import gradient_variance
 from config import check
+from plumbing import figures, jobs, plots
 
 
 def test_smoothed_is_the_mean_of_the_last_epochs():
@@ -88,7 +86,7 @@ def tiny(monkeypatch, model_folder, tmp_path):
     monkeypatch.setattr(reproduce, "EPOCHS", {"small": 2})
     monkeypatch.setattr(reproduce, "EVALUATIONS", {"small": "--prompts toy-small --images_per_prompt 2"})
     monkeypatch.setattr(reproduce, "LEARNING_RATES", ("1e-3", "1e-3", "0.5"))  # it begins with the last
-    monkeypatch.setattr(reproduce.toy_model, "ensure", lambda: None)
+    monkeypatch.setattr(reproduce.build, "ensure", lambda: None)
     monkeypatch.chdir(ROOT)
     return ["fig7", "--seeds", "3", "--jobs", "2", "--folder", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
 

@@ -12,9 +12,9 @@ import torchvision.transforms as T
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-import rehearsal
-import reward_models
-from reward_models import SOURCES, aesthetic, cached, clipscore, eight_bit, hpsv2, letterbox, local_weights, pickscore
+from benchmarks import rehearsal
+from plumbing import reward_models
+from plumbing.reward_models import SOURCES, aesthetic, cached, clipscore, eight_bit, hpsv2, letterbox, local_weights, pickscore
 from rewards import load_reward, load_rewards
 
 CPU, FP32 = torch.device("cpu"), torch.float32

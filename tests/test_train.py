@@ -14,9 +14,10 @@ from conftest import ROOT
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
-import checkpoint
 import train
-from toy import alignment
+from miniature import build
+from miniature.world import alignment
+from plumbing import checkpoint
 
 TINY = "--preset toy --prompts toy-small --prompts_per_epoch 4 --images_per_prompt 3 --learning_rate 1e-3 --eval_every 2".split()
 CLOCK_AND_MEMORY = ("seconds", "images_per_second", "peak_memory_gib")
@@ -150,6 +151,7 @@ def test_ctrl_c_saves_and_can_be_resumed(model_folder, tmp_path):
 
 def test_ctrl_c_waits_for_the_end_of_the_updates():
     done = []
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it may be ignored
     with pytest.raises(KeyboardInterrupt), train.uninterrupted():
         os.kill(os.getpid(), signal.SIGINT)
         done.append("updates")
@@ -169,22 +171,12 @@ def test_epoch_of_equal_rewards_changes_nothing_but_the_decay(model_folder, tmp_
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(run).items())
 
 
-@pytest.mark.parametrize("autocast", ["bf16", "fp16"])
-def test_autocast_trains_and_reports_its_drift(model_folder, tmp_path, autocast):
+def test_autocast_trains_and_reports_its_drift(model_folder, tmp_path):
     run = tmp_path / "run"
-    train.main(arguments(model_folder, run, "--epochs", "1", "--autocast", autocast, "--train_batch_size", "7"))
+    train.main(arguments(model_folder, run, "--epochs", "1", "--autocast", "bf16", "--train_batch_size", "7"))
     assert 0 <= metrics(run)[1]["log_prob_drift"] < 0.05
     assert metrics(run)[1]["grad_norm"] > 0
     assert all(tensor.dtype == torch.float32 for tensor in weights(run).values())
-
-
-def test_fp16_gradient_is_the_fp32_one(model_folder, tmp_path):
-    norms = {}
-    for autocast in ("no", "fp16"):
-        train.main([*TINY, "--model", str(model_folder), "--output_dir", str(tmp_path / autocast), "--epochs", "1",
-                    "--eval_prompts", "", "--autocast", autocast])  # fmt: skip
-        norms[autocast] = metrics(tmp_path / autocast)[1]["grad_norm"]
-    assert norms["fp16"] == pytest.approx(norms["no"], rel=0.05)
 
 
 def test_batch_arithmetic_is_printed_and_right(capsys, finished, model_folder, tmp_path):
@@ -223,7 +215,7 @@ def test_wrong_settings(capsys, tmp_path, model_folder, monkeypatch):
         (["--reward", "no_module:f"], "No module named 'no_module'"),
         (["--reward", "math:nothing"], "no attribute 'nothing'"),
         (["--reward", "math:pi"], "not a function"),
-        (["--method", "magic"], "unknown method 'magic': use prdp"),
+        (["--method", "magic"], "invalid choice: 'magic' (choose from"),
         (["--method", "d3po"], "use --shared_x_T and an even --images_per_prompt"),
         (["--method", "d3po", "--shared_x_T"], "use --shared_x_T and an even --images_per_prompt"),
         (
@@ -309,10 +301,8 @@ def test_wrong_checkpoints(capsys, tmp_path, model_folder, finished):
 
 def other_model(tmp_path) -> Path:
     """A pipeline with wider layers."""
-    import toy_model
-
     folder = tmp_path / "other"
-    toy_model.initial_pipeline(channels=(16, 16), width=16).save_pretrained(folder)
+    build.initial_pipeline(channels=(16, 16), width=16).save_pretrained(folder)
     return folder
 
 

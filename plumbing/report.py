@@ -15,11 +15,10 @@ from urllib.parse import quote
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
-import plots
-from provenance import provenance
-from record import read_metrics
-from rewards import parse_weighted
-from scores import Model, Results, gain_text, markdown_table, mean_text, summarise
+from plumbing import plots
+from plumbing.provenance import provenance
+from plumbing.run import read_metrics
+from plumbing.scores import Model, Results, gain_text, markdown_table, mean_text, summarise
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
@@ -45,9 +44,16 @@ def chosen(gains: list[float], number: int) -> dict[int, str]:
     return {n: "best" for n in best} | {n: "worst" for n in worst} | {n: "random" for n in lot}
 
 
-def write(config, results: Results, models: list[Model], sets: dict[str, list[str]], argv: list[str]) -> None:
-    """table.md, results.json, the figures and the page, from what is on disk."""
-    output, rows = results.output, summarise(results, models, sets, columns(config, models))
+def write(
+    config,
+    results: Results,
+    models: list[Model],
+    sets: dict[str, list[str]],
+    columns: dict[str, dict[str, float]],
+    argv: list[str],
+) -> None:
+    """table.md, results.json, the figures and the page, from what is on disk; columns: see scores.summarise."""
+    output, rows = results.output, summarise(results, models, sets, columns)
     source = provenance("evaluate.py", argv)
     (output / "results.json").write_text(json.dumps(source | {"config": dataclasses.asdict(config), "results": rows}, indent=1))
     (output / "table.md").write_text(markdown_table(rows))
@@ -111,13 +117,6 @@ def write(config, results: Results, models: list[Model], sets: dict[str, list[st
     unfinished = output / "report.html.unfinished"
     unfinished.write_text(page, encoding="utf-8")
     unfinished.replace(output / "report.html")
-
-
-def columns(config, models: list[Model]) -> dict[str, dict[str, float]]:
-    """{title: {reward: weight}} of every reward, and of the sum that the first run was trained on, if it was one."""
-    trained = next((parse_weighted(model.run["reward"]) for model in models if model.run), [])
-    total = {"training reward": dict(trained)} if len(trained) > 1 and all(name in config.rewards for name, _ in trained) else {}
-    return {name: {name: 1.0} for name in config.rewards} | total
 
 
 def report_table(rows: list[dict], title: str, text: Callable[[dict], tuple[str, str]]) -> dict:

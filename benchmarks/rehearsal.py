@@ -1,8 +1,8 @@
 """A dress rehearsal without downloads: random weights in the shapes and files of the real models.
 
-    python rehearsal.py FOLDER                     # Stable Diffusion v1.4's exact shape (4.3 GB), tiny reward models
-    python rehearsal.py FOLDER --rewards full      # reward models of the real shapes too (12 GB more)
-    python rehearsal.py FOLDER --pipeline tiny     # everything tiny: the whole program within a minute on a CPU
+    python -m benchmarks.rehearsal FOLDER                     # Stable Diffusion v1.4's exact shape (4.3 GB), tiny reward models
+    python -m benchmarks.rehearsal FOLDER --rewards full      # reward models of the real shapes too (12 GB more)
+    python -m benchmarks.rehearsal FOLDER --pipeline tiny     # everything tiny: the whole program within a minute on a CPU
 
 Prints the command that trains on them. Pictures and scores mean nothing; memory, speed and file handling are the real ones.
 """
@@ -23,9 +23,9 @@ from torch import nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging
 
-from processes import one_line_errors
-from prompts import ANIMALS, ON_THE_HUB
-from reward_models import SOURCES
+from plumbing.processes import one_line_errors
+from plumbing.prompts import ANIMALS, ON_THE_HUB
+from plumbing.reward_models import SOURCES
 
 # Only what differs from the libraries' defaults, which are Stable Diffusion's.
 PIPELINES = {

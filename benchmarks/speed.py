@@ -1,7 +1,7 @@
 """Seconds per epoch by phase, peak memory and utilisation, for several numbers of denoising steps T.
 
-    python benchmark.py --preset toy                                               # the embedded model, T = 5 and T = 50
-    python benchmark.py --num_steps 50 --preset large-hpsv2 --model FOLDER ...     # any flags of train.py, e.g. rehearsal.py's
+    python -m benchmarks.speed --preset toy                                               # the embedded model, T = 5 and T = 50
+    python -m benchmarks.speed --num_steps 50 --preset large-hpsv2 --model FOLDER ...  # any flags of train.py, or rehearsal's
 
 Runs train.py for three epochs per T with one update each, in a process of its own, and takes the last two epochs (the first has
 no reference pass and warms up). Prints a table and, with --output, writes it as JSON with command, versions and machine.
@@ -22,11 +22,11 @@ import torch
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from config import Config, parse
-from pipeline import encode_prompts, load_pipeline
-from processes import one_line_errors
-from provenance import provenance
-from sampler import Policy, ddim_scheduler, guided_output
+from config import DTYPES, Config
+from plumbing.flags import parse
+from plumbing.pipeline import encode_prompts, load_pipeline, pipeline_policy
+from plumbing.processes import one_line_errors
+from plumbing.provenance import provenance
 
 EPOCHS = 3
 
@@ -34,12 +34,9 @@ EPOCHS = 3
 def flops_per_entry(config: Config) -> int:
     """Floating point operations of the UNet for one (trajectory, step), guidance included."""
     pipe = load_pipeline(config.model, torch.device("cpu"))
-    scheduler = ddim_scheduler(pipe.scheduler.config, config.num_steps, config.eta)
-    policy = Policy(pipe.unet, scheduler, encode_prompts(pipe, None), config.guidance_scale)
-    cond = encode_prompts(pipe, ["a prompt"])
-    x_t = torch.randn(1, pipe.unet.config.in_channels, *[pipe.unet.config.sample_size] * 2)
+    policy = pipeline_policy(pipe, config.num_steps, guidance_scale=config.guidance_scale, eta=config.eta)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        guided_output(policy, x_t, torch.ones(1, dtype=torch.long), cond)
+        policy.denoise(torch.randn(1, *policy.latent_shape), torch.ones(1, dtype=torch.long), encode_prompts(pipe, ["a prompt"]))
     return counter.get_total_flops()
 
 
@@ -47,7 +44,7 @@ def ceiling(config: Config) -> float:
     """The most operations per second this device reached in a large matrix product of the run's precision."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cuda.matmul.allow_tf32 = config.tf32
-    dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.autocast]
+    dtype = DTYPES[config.autocast] or torch.float32
     side = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     best = min(Timer("a @ b", globals={"a": a, "b": b}, num_threads=torch.get_num_threads()).timeit(5).mean for _ in range(4))
@@ -58,7 +55,7 @@ def measure(num_steps: int, flags: list[str], config: Config, flops: int, most: 
     """One row of the table; ValueError with train.py's own message if it refuses the flags."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        command = [sys.executable, str(Path(__file__).with_name("train.py")), "--eval_prompts", "", *flags]
+        command = [sys.executable, str(Path(__file__).parent.parent / "train.py"), "--eval_prompts", "", *flags]
         command += ["--num_steps", str(num_steps), "--epochs", str(EPOCHS), "--updates_per_epoch", "1", "--output_dir", str(run)]
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if done.returncode:
@@ -87,7 +84,7 @@ def main(argv: list[str]) -> None:
         speed = {"flops_per_entry": flops_per_entry(config), "flops_per_second_of_a_matrix_product": ceiling(config)}
         rows = [measure(num_steps, flags, config, *speed.values()) for num_steps in arguments.num_steps]
         if arguments.output:
-            result = provenance("benchmark.py", argv) | speed | {"results": rows}
+            result = provenance("-m benchmarks.speed", argv) | speed | {"results": rows}
             Path(arguments.output).write_text(json.dumps(result, indent=1) + "\n")
     phases = list(rows[0]["seconds"])
     print(f"{speed['flops_per_entry'] / 1e9:.3g} GFLOP per trajectory and step; a matrix product reaches "

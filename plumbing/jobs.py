@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from record import read_metrics
+from plumbing.run import read_metrics
 
 
 @dataclass

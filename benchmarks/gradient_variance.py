@@ -1,6 +1,6 @@
 """Variance of each method's gradient at equal samples: many epochs at unchanged weights, each a single update.
 
-    python gradient_variance.py --output results/reproduce/variance.json --epochs 64
+    python -m benchmarks.gradient_variance --output results/reproduce/variance.json --epochs 64
 
 The cosine of the gradients of two epochs is what a learning rate can build on: with g = signal + noise its expectation is about
 |signal|^2 / (|signal|^2 + |noise|^2).
@@ -8,26 +8,28 @@ The cosine of the gradients of two epochs is what a learning rate can build on: 
 
 import argparse
 import copy
+import functools
 import json
 import math
 import sys
 from pathlib import Path
-from pydoc import locate
 
 import torch
 from tqdm import tqdm
 
-import processes
-from config import METHODS, Config, parse
-from methods import Epoch
-from pipeline import encode_prompts, load_pipeline
-from processes import say
-from prompts import draw_prompts, load_prompts
-from provenance import provenance
+import comparators
+from comparators.epoch import Epoch
+from config import Config
+from plumbing import processes
+from plumbing.flags import parse
+from plumbing.pipeline import encode_prompts, load_pipeline, pipeline_policy, score
+from plumbing.processes import say
+from plumbing.prompts import draw_prompts, load_prompts
+from plumbing.provenance import provenance
+from plumbing.trainable import make_trainable, trained_parameters
+from rdp_loss import prdp_loss
 from rewards import load_rewards
-from sampler import Policy, backward_through_table, ddim_scheduler, log_prob_table, sample_trajectories
-from train import score
-from trainable import make_trainable, trained_parameters
+from sampler import Policy, backward_through_table, log_prob_table, sample_trajectories
 
 ALL = "--preset toy --prompts toy-small --prompts_per_epoch 8 --images_per_prompt 8 --updates_per_epoch 1 --steps_per_update 256"
 WARM_UP = 8
@@ -48,27 +50,41 @@ def gradients(config: Config, policy: Policy, pipe, trained: dict, epochs: int, 
     In WARM_UP further epochs DDPO's statistics fill and DPOK's critic learns; every measured epoch starts from that state.
     """
     N, B = config.prompts_per_epoch, config.images_per_prompt
-    reward, prompts = load_rewards(config.reward, [], policy.unet.device), load_prompts(config.prompts)
-    method, collected = locate(METHODS[config.method])(config, policy), []
-    method.CRITIC_UPDATES = 200  # of DPOK; later 0
+    reward, prompts, collected = load_rewards(config.reward, [], policy.device), load_prompts(config.prompts), []
+    method = comparators.chosen(
+        config, policy, text_width=pipe.unet.config.cross_attention_dim, mu_ref=None,
+        all_gather=processes.all_gather, all_sum_gradients=processes.all_sum_gradients,
+    )  # fmt: skip
+    if config.method == "dpok":
+        method.critic_updates = 200
     for epoch in range(WARM_UP + epochs):
-        if epoch == WARM_UP:
-            method.CRITIC_UPDATES, warm = 0, copy.deepcopy(method.state())
-        if epoch >= WARM_UP:
-            method.load_state(copy.deepcopy(warm))
+        if epoch == WARM_UP and method:
+            warm = copy.deepcopy({name: thing.state_dict() for name, thing in method.remembers.items()})
+            method.critic_updates = 0
+        if epoch >= WARM_UP and method:
+            for name, state in copy.deepcopy(warm).items():
+                method.remembers[name].load_state_dict(state)
         drawn = draw_prompts(prompts, N, epoch, config.seed)
-        cond = {k: v.repeat_interleave(B, 0) for k, v in encode_prompts(pipe, drawn).items()}
+        cond = encode_prompts(pipe, drawn)[torch.arange(N).repeat_interleave(B)]
         names = [(config.seed, epoch, n, b) for n in range(N) for b in range(B)]
-        (batch,) = sample_trajectories(policy, cond, names, config.shared_x_T, N * B)
-        rewards = score(pipe, batch.latents[:, -1], [p for p in drawn for _ in range(B)], reward, config).view(N, B)
-        old = log_prob_table(policy, batch.latents, cond, config.log_prob_batch_size).view(N, B, -1)
-        update = next(method.updates(Epoch(drawn, rewards, old, old, batch.latents, cond, seed=epoch)))
+        trajectories = sample_trajectories(policy, cond, names, N * B, shared_x_T=config.shared_x_T)
+        texts = [prompt for prompt in drawn for _ in range(B)]
+        rewards = score(pipe, trajectories.x_0, texts, reward, config.sample_batch_size).view(N, B)
+        old = log_prob_table(policy, trajectories, config.log_prob_batch_size).view(N, B, -1)
+        if method:
+            update = next(method.updates(Epoch(drawn, rewards, old, old, trajectories, slice(0, N * B), seed=epoch, epoch=0)))
+            loss_of = update.loss  # of DPOK's divergence the gradient at the reference is zero
+        else:
+            loss_of = functools.partial(
+                prdp_loss, log_probs_old=old, log_probs_ref=old, rewards=rewards, kl_weight=config.kl_weight,
+                clip_range=config.clip_range, step_reduction=config.step_reduction,
+            )  # fmt: skip
         bar.update()
         if epoch < WARM_UP:
             continue
         table = old.clone().requires_grad_()
-        (table_grad,) = torch.autograd.grad(update.loss(table), table)  # DPOK's divergence from the reference has none here
-        backward_through_table(policy, batch.latents, cond, table_grad.flatten(0, 1), config.train_batch_size)
+        (table_grad,) = torch.autograd.grad(loss_of(table), table)
+        backward_through_table(policy, trajectories, table_grad.flatten(0, 1), config.train_batch_size)
         collected.append(torch.cat([p.grad.flatten() for p in trained.values() if p.grad is not None]).cpu())
         pipe.unet.zero_grad()
     return torch.stack(collected)
@@ -112,8 +128,7 @@ def main(argv: list[str]) -> None:
             for name, flags in VARIANTS.items():
                 config = parse([*ALL.split(), *flags.split()])
                 pipe = load_pipeline(config.model, device)
-                scheduler = ddim_scheduler(pipe.scheduler.config, config.num_steps, config.eta)
-                policy = Policy(pipe.unet, scheduler, encode_prompts(pipe, None), config.guidance_scale)
+                policy = pipeline_policy(pipe, config.num_steps, guidance_scale=config.guidance_scale, eta=config.eta)
                 make_trainable(pipe, config)
                 trained = trained_parameters(pipe)
                 row, left_out[name] = signal(gradients(config, policy, pipe, trained, arguments.epochs, bar))
@@ -122,7 +137,7 @@ def main(argv: list[str]) -> None:
                 rows[name]["above_prdp"] = row["cosine"] - rows["PRDP"]["cosine"]
                 rows[name]["above_prdp_standard_error"] = jackknife(left_out[name] - left_out["PRDP"])
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        result = provenance("gradient_variance.py", argv) | {"epochs": arguments.epochs, "flags": ALL, "results": rows}
+        result = provenance("-m benchmarks.gradient_variance", argv) | {"epochs": arguments.epochs, "flags": ALL, "results": rows}
         arguments.output.write_text(json.dumps(result, indent=1) + "\n")
         for name, row in rows.items():
             cosine = f"{row['cosine']:+.4f} ± {row['standard_error']:.4f}"

@@ -9,7 +9,7 @@ from urllib.parse import quote
 import torch
 from torchvision.transforms.functional import to_pil_image
 
-from processes import RANK
+from plumbing.processes import RANK
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@
 
 With 8 colours, 5 shapes and 5 positions that is 181,440 prompts for pictures of 32x32 pixels. What a prompt does not state
 (size, position) is free, and every object is shifted by up to one pixel. One in ten combinations of (colour, shape,
-background) is held out: no prompt with it occurs in pretraining (toy_model.py) or in any set for finetuning.
+background) is held out: no prompt with it occurs in pretraining (build.py) or in any set for finetuning.
 """
 
 import itertools

@@ -14,11 +14,12 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from torch import Tensor
 
-import checkpoint
 from config import Config
-from pipeline import load_pipeline, save_pipeline
-from sampler import Policy
+from plumbing import checkpoint
+from plumbing.pipeline import load_pipeline, save_pipeline
+from sampler import Condition, Policy, gaussian
 
 Reference = Callable[[Policy], AbstractContextManager[Policy]]
 
@@ -57,11 +58,22 @@ def make_trainable(pipe: DiffusionPipeline, config: Config) -> Reference:
                 unet.enable_lora()
         else:
             frozen.to(device)
-            yield dataclasses.replace(policy, unet=frozen)
+            yield dataclasses.replace(policy, denoise=dataclasses.replace(policy.denoise, unet=frozen))
             if config.reference_on_cpu:
                 frozen.to("cpu")
 
     return reference
+
+
+def reference_mean(policy: Policy, reference: Reference) -> Callable[[Tensor, Tensor, Condition], Tensor]:
+    """mu_ref(x_t, c) of single steps, without gradient, as a function of (x_t, i, cond): those of sampler.gaussian."""
+
+    @torch.no_grad()
+    def mean(x_t: Tensor, i: Tensor, cond: Condition) -> Tensor:
+        with reference(policy) as pi_ref:
+            return gaussian(pi_ref, x_t, i, cond)[0]
+
+    return mean
 
 
 def add_adapters(pipe: DiffusionPipeline, rank: int) -> None:

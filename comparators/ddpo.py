@@ -1,15 +1,20 @@
-"""DDPO's losses and reward statistics as pure functions (Black et al., ICLR 2024, arXiv 2305.13301).
+"""DDPO: its losses and reward statistics as pure functions, and its minibatches (Black et al., ICLR 2024, arXiv 2305.13301).
 
 Denoising is a Markov decision process with a reward at its end only, and every step is credited with the same advantage A: the
 reward, normalised by the mean and standard deviation of its own prompt. A step's likelihood ratio to the policy that drew it,
 rho = pi_theta / pi_old, is clipped as in PPO. There is no reference model and no KL.
 
-Tables are those of rdp_loss.py: log-probs (N, B, T), rewards and advantages (N, B). With log-probs that are means over D latent
+Tables are those of rdp_loss.py: log-probs (N, B, S), rewards and advantages (N, B). With log-probs that are means over D latent
 dimensions, rho is the true ratio to the power 1/D, so that a clip_range of 1e-4 at D = 16384 is 1.64 nats a step.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+
+from comparators.epoch import Epoch, Update
+from config import Config
 
 
 def score_function_loss(log_probs: Tensor, advantages: Tensor) -> Tensor:
@@ -53,3 +58,35 @@ class PromptStatistics:
             source = known if len(known) >= self.min_count else rewards
             advantages[n] = (rewards[n] - source.mean()) / (source.std(correction=0) + 1e-6)
         return advantages.clamp(-limit, limit)
+
+    def state_dict(self) -> dict[str, list[float]]:
+        return self.remembered
+
+    def load_state_dict(self, state: dict[str, list[float]]) -> None:
+        self.remembered = state
+
+
+class DDPO:
+    """K disjoint minibatches of trajectories, one update on each; with --score_function one update on all."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.statistics = PromptStatistics(config.statistics_size, config.statistics_min_count)
+        self.remembers = {"rewards": self.statistics}
+
+    def updates(self, epoch: Epoch) -> Iterator[Update]:
+        config, rows = self.config, epoch.rewards.numel()
+        if config.reward_statistics == "prompt":
+            advantages = self.statistics.advantages(epoch.prompts, epoch.rewards, config.advantage_limit)
+        else:
+            advantages = batch_advantages(epoch.rewards, config.advantage_limit)
+        for some in epoch.shuffled(rows).tensor_split(min(config.updates_per_epoch, rows)):
+            whole = torch.zeros(rows, dtype=torch.bool).index_fill(0, some, True).view_as(epoch.rewards)  # trajectories
+
+            def loss(log_probs: Tensor, whole=whole) -> Tensor:
+                if config.score_function:
+                    return score_function_loss(log_probs[whole], advantages[whole])
+                old = epoch.log_probs_old[whole]
+                return importance_sampling_loss(log_probs[whole], old, advantages[whole], config.clip_range)
+
+            yield Update(whole.unsqueeze(-1).expand_as(epoch.log_probs_old), loss)

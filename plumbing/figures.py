@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import plots
+from plumbing import plots
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """How much GPU memory a run will need, derived on a machine without a GPU.
 
-    python memory.py                                               # the README's recipes, in some minutes
-    python memory.py --preset large-hpsv2 --lora_rank 16 ...       # any flags of train.py
+    python -m benchmarks.memory                                               # the README's recipes, in some minutes
+    python -m benchmarks.memory --preset large-hpsv2 --lora_rank 16 ...       # any flags of train.py
 
 Stable Diffusion v1.4's shape and full-sized reward models are run as tensors without content (torch's FakeTensorMode) through
 the passes of one epoch, and the storages that are alive are added up. That is the memory of tensors: the CUDA context, the
@@ -26,12 +26,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import CLIPModel, CLIPTextModel
 
-import rehearsal
-from config import Config, parse
-from processes import one_line_errors
-from provenance import provenance
-from sampler import Policy, ddim_scheduler, guided_output, step_log_prob
-from trainable import make_trainable, trained_parameters
+from benchmarks import rehearsal
+from config import Config
+from plumbing.flags import parse
+from plumbing.pipeline import Embeddings, ddim_scheduler, unet_policy
+from plumbing.processes import one_line_errors
+from plumbing.provenance import provenance
+from plumbing.trainable import make_trainable, trained_parameters
+from sampler import gaussian, gaussian_log_prob
 
 RECIPES = {
     "paper, small scale": "--preset small-hpsv2",
@@ -42,7 +44,6 @@ RECIPES = {
     "--reward_dtype fp16 --sample_batch_size 2 --log_prob_batch_size 8 --train_batch_size 4",
 }
 GIB = 2**30
-AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def size_of(*modules: torch.nn.Module, bytes_each: int = 4) -> float:
@@ -94,7 +95,7 @@ def reward_models(config: Config, sizes: dict) -> list[torch.nn.Module]:
 
 def derive(config: Config, shape: str = "full") -> dict[str, float]:
     """Peak GiB of every phase of an epoch on one GPU, and what of it is resident throughout."""
-    sizes, schedule = rehearsal.PIPELINES[shape], ddim_scheduler(DDIMScheduler().config, config.num_steps, config.eta)
+    sizes, scheduler = rehearsal.PIPELINES[shape], ddim_scheduler(DDIMScheduler().config, config.num_steps)
     with torch.device("meta"):
         text = CLIPTextModel(rehearsal.CLIPTextConfig(vocab_size=49408, **sizes["text"]))
         rewards = reward_models(config, rehearsal.REWARDS[shape])
@@ -107,30 +108,34 @@ def derive(config: Config, shape: str = "full") -> dict[str, float]:
     with FakeTensorMode(allow_non_fake_inputs=True):
         optimizer = torch.optim.AdamW(trained, fused=True)
         width, channels, side = unet.config.cross_attention_dim, unet.config.in_channels, unet.config.sample_size
-        empty = {"encoder_hidden_states": torch.empty(1, 77, width)}
-        policy = Policy(unet, schedule, empty, config.guidance_scale, config.eta, "mean", AUTOCAST[config.autocast])
+
+        def texts(number: int) -> Embeddings:
+            return Embeddings({"encoder_hidden_states": torch.empty(number, 77, width)})
+
+        policy = unet_policy(
+            unet, texts(1), scheduler, guidance_scale=config.guidance_scale, eta=config.eta, autocast=config.autocast
+        )
 
         def inputs(batch: int):
-            x_t, cond = torch.empty(batch, channels, side, side), {"encoder_hidden_states": torch.empty(batch, 77, width)}
-            return x_t, torch.ones(batch, dtype=torch.long), cond
+            return torch.empty(batch, channels, side, side), torch.zeros(batch, dtype=torch.long), texts(batch)
 
         @torch.no_grad()
         def sample() -> None:
-            guided_output(policy, *inputs(config.sample_batch_size))
+            policy.denoise(*inputs(config.sample_batch_size))
 
         @torch.no_grad()
         def log_probs() -> None:
-            guided_output(policy, *inputs(config.log_prob_batch_size))
+            policy.denoise(*inputs(config.log_prob_batch_size))
 
         @torch.no_grad()
         def decode() -> None:
             vae.decode(torch.empty(config.sample_batch_size, channels, side, side))
 
         def update() -> None:
-            x_t, t, cond = inputs(config.train_batch_size)
+            x_t, i, cond = inputs(config.train_batch_size)
             for _ in range(2):  # the second update meets the moments that the first has made
                 for _ in range(2):  # and a second backward pass the gradients of the one before
-                    step_log_prob(policy, x_t, x_t, t, cond).sum().backward()
+                    gaussian_log_prob(x_t, *gaussian(policy, x_t, i, cond), "mean").sum().backward()
                 optimizer.step()
                 optimizer.zero_grad()
 
@@ -160,7 +165,7 @@ def main(argv: list[str]) -> None:
         rows = [{"name": name, "flags": line} | derive(parse(line.split()), arguments.shape) for name, line in recipes.items()]
         if arguments.output:
             how = "derived from tensors without content, not measured"
-            result = provenance("memory.py", argv) | {"how": how, "unit": "GiB", "results": rows}
+            result = provenance("-m benchmarks.memory", argv) | {"how": how, "unit": "GiB", "results": rows}
             Path(arguments.output).write_text(json.dumps(result, indent=1) + "\n")
     phases = ["resident", "sample", "reward", "reference", "update"]
     print(f"| GiB, derived | {' | '.join(phases)} |")

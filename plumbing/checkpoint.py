@@ -3,7 +3,7 @@
     checkpoints/epoch_000020/
         weights.safetensors      the trained parameters, by name
         optimizer.safetensors    the optimiser's tensors, as "parameter index.name"
-        method.pt                what a method remembers: DDPO's reward statistics, DPOK's critic; read with weights_only
+        method.pt                what a comparator remembers: DDPO's reward statistics, DPOK's critic; read with weights_only
         state.json               epochs completed and the configuration
 
 The newest is for resuming. Of older ones, those that --keep_every asks for stay, without the optimiser, for evaluate.py.
@@ -22,9 +22,17 @@ from safetensors.torch import load_file, save_file
 
 
 def save(
-    run: Path, epoch: int, config: dict, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, method: dict
+    run: Path,
+    epoch: int,
+    config: dict,
+    parameters: dict[str, torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    remembers: dict,
 ) -> None:
-    """Saves the state after `epoch` completed epochs under run/checkpoints and thins the older ones; OSError if it cannot."""
+    """Saves the state after `epoch` completed epochs under run/checkpoints and thins the older ones; OSError if it cannot.
+
+    remembers: what a comparator remembers, by name: anything with state_dict().
+    """
     folder = run / "checkpoints" / f"epoch_{epoch:06d}"
     if folder.exists():
         return
@@ -35,7 +43,7 @@ def save(
     state = optimizer.state_dict()["state"]
     save_tensors({f"{i}.{k}": v for i, entry in state.items() for k, v in entry.items()}, unfinished / "optimizer.safetensors")
     try:
-        torch.save(method, unfinished / "method.pt")
+        torch.save({name: thing.state_dict() for name, thing in remembers.items()}, unfinished / "method.pt")
     except RuntimeError as error:  # what torch makes of a full disk
         raise OSError(f"cannot write {unfinished / 'method.pt'}: {error}") from error
     (unfinished / "state.json").write_text(json.dumps({"epoch": epoch, "config": config}, indent=1))
@@ -97,8 +105,8 @@ def load_weights(folder: Path, parameters: dict[str, torch.nn.Parameter]) -> Non
             parameter.copy_(weights[name])
 
 
-def load(run: Path, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
-    """Restores weights and optimiser in place from the newest checkpoint -> completed epochs.
+def load(run: Path, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, remembers: dict) -> int:
+    """Restores weights, optimiser and what is remembered in place from the newest checkpoint -> completed epochs.
 
     ValueError if there is none, it is damaged, or it belongs to another model.
     """
@@ -113,13 +121,11 @@ def load(run: Path, parameters: dict[str, torch.nn.Parameter], optimizer: torch.
         index, _, key = name.partition(".")
         restored["state"].setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict(restored)
-    return state["epoch"]
-
-
-def load_method(run: Path) -> dict:
-    """What the method remembered in the newest checkpoint; ValueError if it is damaged."""
-    file = all_checkpoints(run)[-1] / "method.pt"
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        known = torch.load(state["folder"] / "method.pt", map_location="cpu", weights_only=True)
+        for name, thing in remembers.items():
+            thing.load_state_dict(known[name])
     except Exception as error:  # torch raises many kinds
-        raise ValueError(f"damaged checkpoint {file.parent}: method.pt: {str(error).splitlines()[0]}") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"damaged checkpoint {state['folder']}: method.pt: {reason}") from error
+    return state["epoch"]

@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 from huggingface_hub import hf_hub_download
 
-import toy
+from miniature import world
 
 ANIMALS = """cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear raccoon fox wolf lizard beetle ant
 butterfly fish shark whale dolphin squirrel mouse rat snake turtle frog chicken duck goose bee pig turkey fly llama camel bat
@@ -18,7 +18,7 @@ gorilla hedgehog kangaroo""".split()  # the common animals of DDPO
 BUILT_IN = {
     "animals": lambda: [f"A painting of a {animal}" for animal in ANIMALS],  # Sec. 4.1
     "animals-bare": lambda: ANIMALS,  # Sec. 4.4
-    **toy.PROMPT_SETS,
+    **world.PROMPT_SETS,
 }
 ON_THE_HUB = {  # name: (data set, file); fetched once, without the pictures
     "hpdv2-train": ("ymhao/HPDv2", "train.json"),

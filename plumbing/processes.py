@@ -2,7 +2,7 @@
 
 `torchrun` starts the processes and tells each its place through the environment; without it there is one. RANK is a process's
 identity, LOCAL_RANK the GPU it uses on its own machine, so several machines work. Tensors on the CPU travel by gloo, those on
-GPUs by NCCL.
+GPUs by NCCL. A function whose name begins with all_ is called by every process, or none of them comes back from it.
 """
 
 import os
@@ -38,7 +38,7 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def together(produce: Callable[[], Tensor]) -> Tensor:
+def all_gather(produce: Callable[[], Tensor]) -> Tensor:
     """Runs `produce` in every process and returns the results (on the CPU) joined by rank, the same in all.
 
     If it raises in one process, the same is raised in all, so that none waits for a result that never comes.
@@ -61,7 +61,7 @@ def together(produce: Callable[[], Tensor]) -> Tensor:
     return torch.cat(parts)
 
 
-def in_first(action: Callable[[], object]) -> None:
+def all_wait_for_first(action: Callable[[], object]) -> None:
     """Runs `action` in the first process while the others wait; if it raises there, it raises in all."""
 
     def part() -> Tensor:
@@ -69,7 +69,7 @@ def in_first(action: Callable[[], object]) -> None:
             action()
         return torch.empty(0)
 
-    together(part)
+    all_gather(part)
 
 
 def peak_memory_gib() -> float:
@@ -79,15 +79,13 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def sum_gradients(parameters: Iterable[torch.nn.Parameter], factor: float = 1.0) -> None:
-    """Replaces every gradient by its sum over all processes times factor; what no local step touched counts as zero."""
+def all_sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Replaces every gradient by its sum over all processes; what no local step touched counts as zero."""
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         if WORLD_SIZE > 1:
             dist.all_reduce(parameter.grad)
-        if factor != 1:
-            parameter.grad *= factor
 
 
 def say(message: str, error: bool = False) -> None:

@@ -2,10 +2,10 @@
 
 It consists of the classes of Stable Diffusion v1.4 (UNet2DConditionModel with cross-attention, CLIPTextModel and
 CLIPTokenizer with a vocabulary of its own, DDIMScheduler; of diffusers' autoencoders the tiny one), is trained on the
-pictures of toy.py (32x32 pixels, 8x8x4 latents) and saved as an ordinary StableDiffusionPipeline folder. Nothing else in
+pictures of world.py (32x32 pixels, 8x8x4 latents) and saved as an ordinary StableDiffusionPipeline folder. Nothing else in
 this project knows that it is small.
 
-    python toy_model.py     # builds it where train.py looks for it, unless it is there, and prints what scores to expect
+    python -m miniature.build     # builds it where train.py looks for it, unless it is there, and prints what scores to expect
 """
 
 import hashlib
@@ -25,8 +25,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-import toy
-from provenance import provenance
+from miniature import world
+from plumbing.provenance import provenance
 
 AUTOENCODER_STEPS, UNET_STEPS, BATCH = 500, 750, 64
 MISMATCHED = 0.2  # share of captions that belong to another picture, in the last third of training
@@ -40,7 +40,7 @@ def word_tokenizer() -> CLIPTokenizer:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = [*specials, *letters, *(letter + "</w>" for letter in letters)]
     tokenizer = CLIPTokenizer(vocab={token: i for i, token in enumerate(vocabulary)}, merges=[], model_max_length=MAX_TOKENS)
-    words = {word for prompt in toy.scenes(False, True) + toy.scenes(True, True) for word in prompt.split()}
+    words = {word for prompt in world.scenes(False, True) + world.scenes(True, True) for word in prompt.split()}
     tokenizer.add_tokens([AddedToken(word, single_word=True) for word in sorted(words)])
     return tokenizer
 
@@ -91,12 +91,12 @@ class Captions:
 
     def __init__(self, seed: int):
         self.rng = random.Random(seed)
-        self.pools = (toy.scenes(False, held=False), toy.scenes(True, held=False))
+        self.pools = (world.scenes(False, held=False), world.scenes(True, held=False))
 
     def batch(self) -> tuple[list[str], Tensor]:
         """BATCH prompts and their pictures (BATCH, 3, 32, 32), in [-1, 1] as autoencoders want them."""
         prompts = [self.rng.choice(self.rng.choice(self.pools)) for _ in range(BATCH)]
-        return prompts, toy.draw(prompts, self.rng) * 2 - 1
+        return prompts, world.draw(prompts, self.rng) * 2 - 1
 
 
 def _optimise(parameters, steps: int, peak_lr: float, loss_of_batch, title: str) -> None:
@@ -169,10 +169,10 @@ def build(folder: Path, seed: int = 0, autoencoder_steps: int = AUTOENCODER_STEP
 
 
 def toy_folder() -> Path:
-    """The folder models/toy-CHECKSUM beside this file: change the code that makes the miniature and it is made anew."""
+    """The folder models/toy-CHECKSUM of the project: change the code that makes the miniature and it is made anew."""
     here = Path(__file__).resolve().parent
-    code = b"".join((here / name).read_bytes() for name in ("toy.py", "toy_model.py"))
-    return here / "models" / f"toy-{hashlib.sha256(code).hexdigest()[:8]}"
+    code = b"".join((here / name).read_bytes() for name in ("world.py", "build.py"))
+    return here.parent / "models" / f"toy-{hashlib.sha256(code).hexdigest()[:8]}"
 
 
 def ensure() -> Path:
@@ -189,18 +189,18 @@ def ensure() -> Path:
 def limits(folder: Path) -> dict[str, float]:
     """Mean alignment on the held-out prompts of drawn pictures: as they are, through the autoencoder, and of other prompts."""
     vae = AutoencoderTiny.from_pretrained(folder, subfolder="vae")
-    prompts = toy.PROMPT_SETS["toy-heldout"]()
-    drawn = toy.draw(prompts, random.Random(0))
+    prompts = world.PROMPT_SETS["toy-heldout"]()
+    drawn = world.draw(prompts, random.Random(0))
     decoded = (vae(drawn * 2 - 1).sample / 2 + 0.5).clamp(0, 1)
     others = [
         decoded[torch.randperm(len(prompts) // 2, generator=torch.Generator().manual_seed(0)) * 2 + kind] for kind in (0, 1)
     ]
     return {
-        "drawn": toy.alignment(drawn, prompts).mean().item(),
-        "autoencoder": toy.alignment(decoded, prompts).mean().item(),
-        "chance": toy.alignment(torch.stack(others, 1).flatten(0, 1), prompts).mean().item(),
+        "drawn": world.alignment(drawn, prompts).mean().item(),
+        "autoencoder": world.alignment(decoded, prompts).mean().item(),
+        "chance": world.alignment(torch.stack(others, 1).flatten(0, 1), prompts).mean().item(),
     }
 
 
 if __name__ == "__main__":
-    print(json.dumps(provenance("toy_model.py", []) | {"heldout_alignment": limits(ensure())}, indent=1))
+    print(json.dumps(provenance("-m miniature.build", []) | {"heldout_alignment": limits(ensure())}, indent=1))

@@ -1,0 +1,26 @@
+"""The methods that PRDP is compared with, a file each: the loss as a pure function, and its schedule of updates in an epoch.
+
+A further method is one more file, a name in config.py's `method`, and a case here. It has a function `updates`, from an Epoch to
+Updates, and in `remembers`, by name, what outlives an epoch: anything with state_dict() and load_state_dict(), for checkpoints.
+"""
+
+from comparators.d3po import D3PO
+from comparators.ddpo import DDPO
+from comparators.dpok import DPOK
+from config import Config
+from sampler import Policy
+
+Comparator = DDPO | DPOK | D3PO
+
+
+def chosen(config: Config, policy: Policy, **of_dpok) -> Comparator | None:
+    """The comparator of config.method, None for PRDP itself; of_dpok: what its critic and divergence need, see DPOK."""
+    match config.method:
+        case "prdp":
+            return None
+        case "ddpo":
+            return DDPO(config)
+        case "dpok":
+            return DPOK(config, policy, **of_dpok)
+        case "d3po":
+            return D3PO(config)

@@ -1,0 +1,141 @@
+"""DPOK: its loss, divergences and critic, and its draws of single steps (Fan et al., NeurIPS 2023, arXiv 2305.16381).
+
+Policy gradient with the Kullback-Leibler divergence to the pretrained model, step by step, as a second term of the loss. The
+gradient through earlier actions, which decide where later divergences are measured, is left out. A critic V(x_t, c, t) of the
+final reward may be subtracted from it.
+
+Tables are those of rdp_loss.py: log-probs and values (N, B, S), rewards (N, B).
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from comparators.epoch import Epoch, Update
+from config import Config
+from sampler import Condition, Policy, Trajectories
+
+
+def gaussian_kl(mu: Tensor, mu_ref: Tensor, sigma: Tensor) -> Tensor:
+    """KL(N(mu, sigma^2) || N(mu_ref, sigma^2)) of every latent dimension, (mu - mu_ref)^2 / (2 sigma^2), in nats."""
+    return (mu - mu_ref) ** 2 / (2 * sigma**2)
+
+
+def noise_difference(mu: Tensor, mu_ref: Tensor, k_t: Tensor) -> Tensor:
+    """The released code's divergence, the squared difference of predicted noises, ((mu - mu_ref) / k_t)^2, k_t = d mu / d eps."""
+    return ((mu - mu_ref) / k_t) ** 2
+
+
+def dpok_loss(
+    log_probs: Tensor, log_probs_old: Tensor, rewards: Tensor, values: Tensor | float, *, reward_scale: float, clip_range: float
+) -> Tensor:
+    """-alpha mean[(r - V) clip(rho, 1 - eps, 1 + eps)] -> scalar; beta mean[KL], the other term, needs no log-prob.
+
+    The clip is a plain clamp, as in the released code: outside the range the gradient is zero, whichever way it points.
+    """
+    ratio = (log_probs - log_probs_old).exp().clamp(1 - clip_range, 1 + clip_range)
+    return -reward_scale * ((rewards.unsqueeze(-1) - values) * ratio).mean()
+
+
+class Critic(nn.Module):
+    """V(x_t, c, t): three layers of 256, each output scaled by a learned vector of its timestep, then one number."""
+
+    def __init__(self, inputs: int, steps: int, width: int = 256):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(size, width) for size in (inputs, width, width))
+        self.gates = nn.ModuleList(nn.Embedding(steps, width) for _ in self.layers)
+        for gate in self.gates:
+            nn.init.ones_(gate.weight)
+        self.last = nn.Linear(width, 1)
+
+    def forward(self, x_t: Tensor, text: Tensor, step: Tensor) -> Tensor:
+        """Latents (n, C, H, W), pooled text (n, W) and indices of steps (n,) -> (n,)."""
+        hidden = torch.cat([x_t.flatten(1), text], 1)
+        for layer, gate in zip(self.layers, self.gates, strict=True):
+            hidden = torch.relu(layer(hidden) * gate(step))
+        return self.last(hidden).squeeze(-1)
+
+
+class DPOK:
+    """K updates, each on steps drawn at random from all trajectories of the epoch; the critic is trained first.
+
+    NOT IN PAPER: the released code draws from the last 1000 steps, those of about two rounds, with replacement; here it is from
+    the last round, without. The critic's text is the mean of the token states.
+
+    text_width: of cond.pooled. mu_ref(x_t, i, cond): the reference's means. The collectives are those of plumbing/processes.py.
+    """
+
+    CRITIC_BATCH, CRITIC_LEARNING_RATE = 256, 1e-4
+
+    def __init__(
+        self, config: Config, policy: Policy, *, text_width: int, mu_ref: Callable[[Tensor, Tensor, Condition], Tensor],
+        all_gather: Callable[[Callable[[], Tensor]], Tensor], all_sum_gradients: Callable[[Iterable[nn.Parameter]], None],
+    ):  # fmt: skip
+        self.config, self.policy, self.mu_ref = config, policy, mu_ref
+        self.all_gather, self.all_sum_gradients = all_gather, all_sum_gradients
+        self.critic_updates = 5
+        torch.manual_seed(config.seed)
+        inputs, steps = torch.Size(policy.latent_shape).numel() + text_width, len(policy.schedule.noisy)
+        self.critic = Critic(inputs, steps).to(policy.device)
+        self.optimizer = torch.optim.Adam(self.critic.parameters(), self.CRITIC_LEARNING_RATE)
+        self.remembers = {"critic": self.critic, "optimizer": self.optimizer}
+
+    def value(self, trajectories: Trajectories, rows: Tensor, columns: Tensor) -> Tensor:
+        """V(x_t, c, t) of the entries (row, column), (n,) each, of this process's table -> (n,)."""
+        x_t = trajectories.latents[rows, self.policy.schedule.noisy[columns]].to(self.policy.device, torch.float32)
+        text = trajectories.cond.pooled
+        text = text[rows.to(text.device)].to(self.policy.device, torch.float32)
+        return self.critic(x_t, text, columns.to(self.policy.device))
+
+    def train_critic(self, epoch: Epoch) -> None:
+        """Squared error of V to the final reward, on random steps of all trajectories; every process takes those it holds."""
+        generator, held = epoch.generator, len(epoch.mine.latents)
+        for _ in range(self.critic_updates):
+            rows = torch.randint(epoch.rewards.numel(), (self.CRITIC_BATCH,), generator=generator)
+            columns = torch.randint(epoch.log_probs_old.shape[-1], (self.CRITIC_BATCH,), generator=generator)
+            here = rows // held == epoch.rows.start // held
+            self.optimizer.zero_grad()
+            values = self.value(epoch.mine, rows[here] % held, columns[here])
+            error = values - epoch.rewards.flatten()[rows[here]].to(values)
+            ((error**2).sum() / self.CRITIC_BATCH).backward()
+            self.all_sum_gradients(self.critic.parameters())
+            self.optimizer.step()
+
+    @torch.no_grad()
+    def values(self, epoch: Epoch) -> Tensor:
+        """V of every entry of the table of all processes, (N, B, S)."""
+        every = torch.ones(epoch.mine.log_probs.shape).nonzero().split(self.CRITIC_BATCH)
+        values = self.all_gather(lambda: torch.cat([self.value(epoch.mine, *some.unbind(1)) for some in every]))
+        return values.view_as(epoch.log_probs_old).to(epoch.log_probs_old)
+
+    def divergence(self, x_t: Tensor, i: Tensor, cond: Condition, mu: Tensor, sigma: Tensor) -> Tensor:
+        """How far single steps are from the reference's, (M, C, H, W) -> (M,), with gradient through mu; --kl_form.
+
+        The exact one reduces its latent dimensions as those of log-probs.
+        """
+        mu_ref, schedule = self.mu_ref(x_t, i, cond), self.policy.schedule
+        if self.config.kl_form == "exact":
+            kl = gaussian_kl(mu, mu_ref, sigma).flatten(1).double()
+            return kl.mean(1) if self.policy.log_prob_reduction == "mean" else kl.sum(1)
+        k = schedule.epsilon_weight - schedule.alpha[1:] * schedule.s[:-1] / schedule.alpha[:-1]
+        return noise_difference(mu, mu_ref, k[i].to(mu).view(-1, 1, 1, 1)).flatten(1).double().mean(1)
+
+    def updates(self, epoch: Epoch) -> Iterator[Update]:
+        config, old = self.config, epoch.log_probs_old
+        values = torch.zeros_like(old)
+        if config.critic:
+            self.train_critic(epoch)
+            values = self.values(epoch)
+        order = epoch.shuffled(old.numel())
+        number = min(config.steps_per_update, len(order))
+        for k in range(config.updates_per_epoch):
+            some = order.roll(-k * number)[:number]
+            entries = torch.zeros(old.numel(), dtype=torch.bool).index_fill(0, some, True).view_as(old)
+
+            def loss(log_probs: Tensor, entries=entries) -> Tensor:
+                rewards = epoch.rewards.unsqueeze(-1).expand_as(old)[entries]
+                now, before, value = (table[entries].unsqueeze(-1) for table in (log_probs, old, values))
+                return dpok_loss(now, before, rewards, value, reward_scale=config.reward_scale, clip_range=config.clip_range)
+
+            yield Update(entries, loss, config.kl_weight / number, self.divergence if config.kl_weight else None)

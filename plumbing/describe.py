@@ -1,0 +1,64 @@
+"""What a run prints of itself at its start, for people to check: the batch arithmetic, the units, and what rounding does."""
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+from config import Config
+from plumbing.processes import WORLD_SIZE
+from sampler import Policy, Trajectories, log_prob_table
+
+
+def describe(config: Config, policy: Policy, prompts: list[str], truncated: int, trained: dict[str, torch.nn.Parameter]) -> str:
+    """The batch arithmetic and the units, for people to check."""
+    n, b, k = config.prompts_per_epoch, config.images_per_prompt, config.updates_per_epoch
+    steps, size = len(policy.schedule.noisy), math.prod(policy.latent_shape)
+    local, micro = n * b * steps // WORLD_SIZE, config.train_batch_size
+    lines = [
+        f"{n} of {len(prompts)} prompts x {b} images = {n * b} trajectories x {steps} steps = {n * b * steps} log-probs an epoch",
+        *([f"{n} prompts x {b * (b - 1) // 2} = {n * b * (b - 1) // 2} pairs in the loss"] if config.method == "prdp" else []),
+        f"{WORLD_SIZE} processes x {n // WORLD_SIZE} prompts = {local} log-probs each = {local // micro} micro-batches of {micro}"
+        + (f" and one of {local % micro}" if local % micro else ""),
+        f"{config.epochs} epochs x {k} updates = {config.epochs * k} updates"
+        f" of {sum(parameter.numel() for parameter in trained.values()):,} parameters",
+        f"{config.epochs} epochs x {n * b} = {config.epochs * n * b} reward queries",
+        f"log-probs are {'means over' if config.log_prob_reduction == 'mean' else 'sums over'} D = {size} latent dimensions: "
+        f"clip_range {config.clip_range:g} is {config.clip_range * policy.in_nats:.3g} nats a step"
+        + ("; with one update per epoch the clip cannot act" if k == 1 and config.method != "d3po" else ""),
+    ]
+    if truncated:
+        lines.append(
+            f"{truncated} of {len(prompts)} prompts are longer than the text encoder reads; it sees their beginning only"
+        )
+    return "\n".join(lines)
+
+
+def rounding(policy: Policy, trajectories: Trajectories, batch_size: int) -> Tensor:
+    """How far log-ratios at unchanged weights are from zero -> largest deviation of each step (S,), in the unit of log-probs.
+
+    The policy's own precision and batches are compared with fp32 and one entry at a time. A clip range below this is noise.
+    """
+    exact = dataclasses.replace(policy, denoise=dataclasses.replace(policy.denoise, autocast=None))
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    used = log_prob_table(policy, trajectories, batch_size)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    deviation = used - log_prob_table(exact, trajectories, 1)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    return deviation.abs().amax(0)
+
+
+def describe_rounding(config: Config, deviation: Tensor) -> str:
+    """The (S,) deviation of log-ratios that should be zero, in units of the clip range, with a warning where it drowns it."""
+    in_clips = deviation / config.clip_range
+    lines = [
+        f"rounding: log-ratios at unchanged weights are up to {deviation.max():.2g} = {in_clips.max():.2g} clip ranges off; "
+        f"by step, in clip ranges: {' '.join(f'{value:.2g}' for value in in_clips)}"
+    ]
+    if in_clips.max() > 1 and config.updates_per_epoch > 1:
+        lines.append(
+            f"warning: clip_range {config.clip_range:g} drowns in rounding, so the clip acts on noise as well: "
+            "use a higher precision (--autocast no, --tf32 False) or a larger --clip_range"
+        )
+    return "\n".join(lines)

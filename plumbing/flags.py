@@ -1,0 +1,69 @@
+"""Settings from the command line: defaults, presets, resumed runs, and one line for what is wrong."""
+
+import argparse
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Literal, get_args, get_origin
+
+from transformers import HfArgumentParser
+
+from config import MAY_CHANGE_ON_RESUME, PRESETS, Config
+from plumbing import checkpoint
+
+
+class Parser(HfArgumentParser):
+    """Raises ValueError with one line instead of printing the usage of forty flags."""
+
+    def error(self, message: str):
+        raise ValueError(f"{message} (all settings: --help)")
+
+    def parse_strictly(self, argv: list[str]):
+        """The dataclass; ValueError for an unknown argument, with the flag it resembles."""
+        config, unknown = self.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+        if unknown:
+            close = difflib.get_close_matches(unknown[0], [flag for flag in self._option_string_actions if flag[:2] == "--"], 1)
+            raise ValueError(f"unknown argument {unknown[0]!r}" + (f": did you mean {close[0]}?" if close else " (see --help)"))
+        return config
+
+
+def parse(argv: list[str]) -> Config:
+    """Config from the command line: defaults, then the preset's or the resumed run's settings, then the flags given.
+
+    ValueError for an unknown preset or flag, a value of the wrong kind, or a resumed setting that may not change or is no more.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--preset", default=Config.preset)
+    first.add_argument("--resume", default="")
+    try:
+        given, _ = first.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from error
+    parser = Parser(Config, prog="train.py", description="Finetuning by PRDP, DDPO, DPOK or D3PO.", allow_abbrev=False)
+    if given.resume:
+        saved = checkpoint.read_state(Path(given.resume))["config"]
+        check_known(given.resume, saved)
+        parser.set_defaults(**saved | {"resume": given.resume, "output_dir": given.resume})
+    elif given.preset in PRESETS:
+        parser.set_defaults(preset=given.preset, output_dir=f"runs/{given.preset}", **PRESETS[given.preset])
+    else:
+        raise ValueError(f"unknown preset {given.preset!r}: use {', '.join(PRESETS)}")
+    config = parser.parse_strictly(argv)
+    if given.resume:
+        now = dataclasses.asdict(config)
+        changed = [k for k in now if now[k] != saved.get(k) and k not in MAY_CHANGE_ON_RESUME]
+        if changed:
+            k = changed[0]
+            raise ValueError(f"cannot resume {given.resume} with {k}={now[k]}: it ran with {saved.get(k)}; allowed to change: "
+                             f"{', '.join(sorted(MAY_CHANGE_ON_RESUME - {'resume', 'output_dir'}))}")  # fmt: skip
+    return config
+
+
+def check_known(run: str, saved: dict) -> None:
+    """ValueError if a run was begun with a setting, or a value of one, that this version no longer has."""
+    kinds = {field.name: field.type for field in dataclasses.fields(Config)}
+    for name, value in saved.items():
+        allowed = get_args(kinds[name]) if get_origin(kinds.get(name)) is Literal else None
+        if name not in kinds or (allowed and value not in allowed):
+            now = f"now it is {' or '.join(allowed)}" if allowed else "this version has no such setting"
+            raise ValueError(f"cannot resume {run}: it was begun with {name}={value}; {now}")

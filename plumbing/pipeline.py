@@ -1,0 +1,219 @@
+"""diffusers pipelines as the sampler wants them: a policy, conditions from texts, pictures from latents; loading and saving.
+
+A pipeline of Stable Diffusion 1, 2 or XL becomes a policy by GuidedUNet, which knows what the sampler does not: guidance, added
+conditions, autocast. Another kind of network is another such class and another Schedule.
+"""
+
+import json
+import math
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import logging as diffusers_logging
+from torch import Tensor
+from transformers.utils import logging as transformers_logging
+
+from config import DTYPES
+from miniature import build
+from plumbing import processes
+from plumbing.reward_models import Reward
+from sampler import Policy, Schedule, sample_trajectories
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """A condition of the sampler's: encoded texts as named tensors, whose first dimension counts them."""
+
+    tensors: Mapping[str, Tensor]
+
+    def __getitem__(self, rows: Tensor | slice) -> "Embeddings":
+        return Embeddings({k: v[rows.to(v.device) if isinstance(rows, Tensor) else rows] for k, v in self.tensors.items()})
+
+    @property
+    def pooled(self) -> Tensor:
+        """One vector for each text, the mean of its token states, (M, width)."""
+        return self.tensors["encoder_hidden_states"].mean(1)
+
+
+@dataclass(frozen=True)
+class GuidedUNet:
+    """Policy.denoise of a UNet under classifier-free guidance, eps_u + w (eps_c - eps_u), combined in at least fp32."""
+
+    unet: UNet2DConditionModel
+    uncond: Embeddings  # of the empty prompt, one row
+    guidance_scale: float  # w; 1 skips the unconditional half
+    autocast: torch.dtype | None = None  # of the UNet's forward pass; None is the weights' own precision
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Embeddings) -> Tensor:
+        guided, tensors = self.guidance_scale != 1, cond.tensors
+        if guided:
+            tensors = {k: torch.cat([self.uncond.tensors[k].expand_as(v), v]) for k, v in tensors.items()}
+            x_t, t = torch.cat([x_t, x_t]), torch.cat([t, t])
+        with torch.autocast(x_t.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
+            # SDXL finds its pooled text and sizes in added_cond_kwargs; Stable Diffusion 1 and 2 ignore that argument.
+            output = self.unet(x_t, t, tensors["encoder_hidden_states"], added_cond_kwargs=tensors).sample
+        output = output.to(torch.promote_types(output.dtype, torch.float32))
+        if not guided:
+            return output
+        unconditional, conditional = output.chunk(2)
+        return unconditional + self.guidance_scale * (conditional - unconditional)
+
+
+def ddim_scheduler(config: Mapping, num_steps: int) -> DDIMScheduler:
+    """The pipeline's noise schedule as a DDIMScheduler with T = num_steps; ValueError for a T it has not, or thresholding."""
+    # A config that does not speak of clipping, as PNDM's, is of latents, which go beyond [-1, 1]. DDIM's default would clip them.
+    scheduler = DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False))
+    limit = scheduler.config.num_train_timesteps
+    if not 1 <= num_steps <= limit:
+        raise ValueError(f"num_steps must be between 1 and {limit} for this scheduler, not {num_steps}")
+    scheduler.set_timesteps(num_steps)
+    if scheduler.timesteps.max() >= limit:
+        raise ValueError(f"num_steps={num_steps} reaches past the scheduler's last timestep {limit - 1}: use fewer steps")
+    if scheduler.config.thresholding:
+        raise ValueError("dynamic thresholding is not supported: set thresholding to false in the scheduler's config")
+    return scheduler
+
+
+def ddim_schedule(scheduler: DDIMScheduler, eta: float) -> Schedule:
+    """The levels of a DDIMScheduler's steps, each ending where the next begins; ValueError for what has no log-prob.
+
+    Where T does not divide the number of training steps diffusers itself ends a step at t - 1000 // T, another level.
+    """
+    if eta <= 0:
+        raise ValueError(f"eta must be > 0, not {eta}: a deterministic step has no log-prob (eta=1 is the paper's DDPM)")
+    alpha_bar = torch.cat([scheduler.alphas_cumprod[scheduler.timesteps], scheduler.final_alpha_cumprod.view(1)]).double()
+    schedule = Schedule(
+        scheduler.timesteps, alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), eta, scheduler.config.prediction_type,
+        scheduler.config.clip_sample_range if scheduler.config.clip_sample else math.inf,
+    )  # fmt: skip
+    if not schedule.noisy.numel():
+        raise ValueError(
+            f"num_steps={len(scheduler.timesteps)}: no step of this scheduler has noise, so there is no log-prob to train"
+        )
+    return schedule
+
+
+def unet_policy(
+    unet: UNet2DConditionModel, uncond: Embeddings, scheduler: DDIMScheduler, *,
+    guidance_scale: float, eta: float, log_prob_reduction: str = "mean", autocast: str = "no",
+) -> Policy:  # fmt: skip
+    """The policy of a UNet on a schedule of T steps."""
+    return Policy(
+        GuidedUNet(unet, uncond, guidance_scale, DTYPES[autocast]), ddim_schedule(scheduler, eta),
+        (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size), unet.device,
+        torch.promote_types(unet.dtype, torch.float32), log_prob_reduction,
+    )  # fmt: skip
+
+
+def pipeline_policy(pipe: DiffusionPipeline, num_steps: int, **settings) -> Policy:
+    """The policy of a pipeline with its own schedule at T = num_steps; settings: those of unet_policy."""
+    return unet_policy(pipe.unet, encode_prompts(pipe, None), ddim_scheduler(pipe.scheduler.config, num_steps), **settings)
+
+
+def load_pipeline(name: str, device: torch.device) -> DiffusionPipeline:
+    """The frozen fp32 pipeline 'toy', of a folder, or of a hub id, without its safety checker; ValueError if there is none."""
+    if name == "toy":
+        processes.all_wait_for_first(build.ensure)
+        name = str(build.toy_folder())
+    diffusers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    local = Path(name).is_dir()
+    if not local and (name.count("/") != 1 or name.startswith((".", "/"))):
+        raise ValueError(
+            f"no model {name!r}: use toy, the folder of a diffusers pipeline, or a hub id (CompVis/stable-diffusion-v1-4)"
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            folder = name if local else DiffusionPipeline.download(name, safety_checker=None)
+            pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, safety_checker=None)
+    except Exception as error:  # the libraries raise many kinds for a folder that is no pipeline, or no connection
+        where = "folder" if local else "hub id (and no folder of that name)"
+        raise ValueError(f"cannot load a pipeline from the {where} {name!r}: {str(error).splitlines()[0]}") from error
+    if not isinstance(getattr(pipe, "unet", None), UNet2DConditionModel) or not hasattr(pipe, "encode_prompt"):
+        raise ValueError(f"{name!r} is a {type(pipe).__name__}: a text-to-image pipeline with a UNet is needed")
+    pipe.set_progress_bar_config(disable=True)
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.requires_grad_(False).eval()
+    return pipe.to(device)
+
+
+def save_pipeline(pipe: DiffusionPipeline, scheduler: DDIMScheduler, folder: Path) -> None:
+    """Saves the UNet and this schedule beside copies of the other parts' files; an older result is replaced when it is whole.
+
+    What was not trained arrives as it was loaded: a library that saves it anew may write what other versions cannot read.
+    """
+    source = Path(pipe.name_or_path)
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    index = json.loads((source / "model_index.json").read_text())
+    pipe.unet.save_pretrained(unfinished / "unet")
+    scheduler.save_pretrained(unfinished / "scheduler")
+    index["scheduler"] = ["diffusers", type(scheduler).__name__]
+    for name, part in pipe.components.items():
+        if part is None and name in index:
+            index[name] = [None, None]
+        elif name not in ("unet", "scheduler") and (source / name).is_dir():
+            shutil.copytree(source / name, unfinished / name)
+    if "requires_safety_checker" in index:
+        index["requires_safety_checker"] = False
+    (unfinished / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
+
+
+@torch.no_grad()
+def encode_prompts(pipe: DiffusionPipeline, prompts: Sequence[str] | None) -> Embeddings:
+    """Text embeddings of the prompts; of the empty prompt, as guidance uses it, for None."""
+    encoded = pipe.encode_prompt(
+        list(prompts) if prompts is not None else "", device=pipe.unet.device, num_images_per_prompt=1,
+        do_classifier_free_guidance=prompts is None,
+    )  # fmt: skip
+    # (prompt, negative) or, of SDXL, (prompt, negative, pooled, negative pooled)
+    states, *pooled = encoded[1::2] if prompts is None else encoded[0::2]
+    tensors = {"encoder_hidden_states": states}
+    if pooled:
+        size = (pipe.unet.config.sample_size * pipe.vae_scale_factor,) * 2
+        ids = pipe._get_add_time_ids(size, (0, 0), size, states.dtype, pipe.text_encoder_2.config.projection_dim)
+        tensors |= {"text_embeds": pooled[0], "time_ids": ids.to(states.device).repeat(len(states), 1)}
+    return Embeddings(tensors)
+
+
+def count_truncated(pipe: DiffusionPipeline, prompts: list[str]) -> int:
+    """How many prompts have more tokens than the text encoder reads; the rest of such a prompt is never seen."""
+    limit, longer = pipe.tokenizer.model_max_length, 0
+    for start in range(0, len(prompts), 10_000):
+        tokens = pipe.tokenizer(prompts[start : start + 10_000], truncation=False, verbose=False)["input_ids"]
+        longer += sum(len(ids) > limit for ids in tokens)
+    return longer
+
+
+@torch.no_grad()
+def decode_latents(pipe: DiffusionPipeline, latents: Tensor) -> Tensor:
+    """x_0 latents (M, C, H, W) -> pictures (M, 3, height, width), float in [0, 1]."""
+    images = pipe.vae.decode(latents.to(pipe.device, pipe.vae.dtype) / pipe.vae.config.scaling_factor).sample
+    return (images.float() / 2 + 0.5).clamp(0, 1)
+
+
+def score(pipe: DiffusionPipeline, x_0: Tensor, prompts: list[str], reward: Reward, batch_size: int) -> Tensor:
+    """r(x_0, c) of latents (M, C, H, W) -> (M,), a batch at a time."""
+    batches = [slice(start, start + batch_size) for start in range(0, len(x_0), batch_size)]
+    return torch.cat([reward(decode_latents(pipe, x_0[rows]), prompts[rows]) for rows in batches])
+
+
+def sample_images(policy: Policy, pipe: DiffusionPipeline, prompts: list[str], names: Sequence[tuple], batch_size: int) -> Tensor:
+    """Pictures of the prompts, one each, without keeping trajectories -> (M, 3, height, width) on the CPU, float in [0, 1]."""
+    images = []
+    for start in range(0, len(prompts), batch_size):
+        rows = slice(start, start + batch_size)
+        drawn = sample_trajectories(policy, encode_prompts(pipe, prompts[rows]), names[rows], batch_size)
+        images.append(decode_latents(pipe, drawn.x_0).cpu())
+    return torch.cat(images)

@@ -1,0 +1,235 @@
+"""A run while Algorithm 1 works on it: its folder, epochs, record, evaluation, checkpoints and how it stops.
+
+    RUN/config.json, metrics.jsonl (docs/metrics.md), reward.png, samples/, checkpoints/, and at the end pipeline/
+
+What train.py calls here says nothing of the method; the method's page is there.
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from config import Config
+from plumbing import checkpoint, plots
+from plumbing.describe import describe_rounding, rounding
+from plumbing.pipeline import sample_images
+from plumbing.processes import RANK, WORLD_SIZE, all_gather, all_wait_for_first, peak_memory_gib, say
+from plumbing.reward_models import Reward
+from rdp_loss import log_ratio, prediction_quality
+from sampler import EVALUATION, Policy, Trajectories
+
+
+class Run:
+    """The epochs of a run and all that is kept of them. Every process has one; the first writes.
+
+    optimizer: of the trained parameters, which are given by name; remembers: what else checkpoints keep (comparators).
+    """
+
+    def __init__(
+        self, config: Config, pipe, policy: Policy, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer,
+        remembers: dict, eval_prompts: list[str], reward: Reward,
+    ):  # fmt: skip
+        self.config, self.pipe, self.policy, self.eval_prompts, self.reward = config, pipe, policy, eval_prompts, reward
+        self.parameters, self.optimizer, self.remembers = parameters, optimizer, remembers
+        self.trained = list(parameters.values())
+        self.folder, self.completed = Path(config.output_dir), 0
+        if config.resume:
+            self.completed = checkpoint.load(self.folder, parameters, optimizer, remembers)
+        self.prepare_folder()
+
+    def prepare_folder(self) -> None:
+        """ValueError if another run is there, OSError if it cannot be written."""
+
+        def prepare() -> None:
+            if not self.config.resume and (self.folder / "metrics.jsonl").exists():
+                raise ValueError(
+                    f"{self.folder} already holds a run: continue it with --resume {self.folder}, or choose another --output_dir"
+                )
+            (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+            (self.folder / "config.json").write_text(json.dumps(dataclasses.asdict(self.config), indent=1))
+
+        all_wait_for_first(prepare)
+
+    def epochs(self) -> Iterator[int]:
+        """The epochs that are still to be done; before the first of all the untouched model is evaluated."""
+        self.log = start_log(self.config, self.folder, self.completed)
+        if self.completed:
+            self.metrics = [line for line in read_metrics(self.folder) if line["epoch"] <= self.completed]
+        else:
+            self.metrics = [{"epoch": 0, "eval_reward": self.all_evaluate()}]
+            self.log(self.metrics[0])
+        self.write_metrics()
+        every = range(self.completed, self.config.epochs)
+        for epoch in tqdm(every, "epochs", initial=self.completed, total=self.config.epochs, disable=RANK > 0):
+            self.lap, self.rounding, self.drift = Stopwatch(), None, None
+            yield epoch
+
+    def check(self, k: int, loss: Tensor, grad_norm: Tensor, recomputed: Tensor, mine: Trajectories) -> None:
+        """FloatingPointError if update k is not finite, in every process alike. At the first one, theta is still what has drawn:
+
+        its log-probs (M, S), NaN where not computed, are compared with those of then.
+        """
+        if not (loss.isfinite() and grad_norm.isfinite()):
+            raise FloatingPointError(f"loss {loss.item()}, gradient norm {grad_norm.item()} in epoch {self.completed + 1}")
+        if k == 0:
+            self.drift = (recomputed - mine.log_probs).abs().nan_to_num().max()
+
+    def all_record(
+        self, rewards: Tensor, loss: Tensor, grad_norm: Tensor,
+        log_probs: Tensor, log_probs_old: Tensor, log_probs_ref: Tensor, entries: Tensor,
+    ) -> None:  # fmt: skip
+        """The end of an epoch: its line of metrics (docs/metrics.md), and where they are due evaluation and checkpoint.
+
+        Of the last update: loss, grad_norm, log_probs (N, B, S) before it and its entries.
+        """
+        config, self.completed = self.config, self.completed + 1
+        self.lap("update")
+        correlation, slope = None, None
+        if config.method == "prdp":
+            rhat = log_ratio(log_probs.detach(), log_probs_ref, config.step_reduction)
+            correlation, slope = prediction_quality(rhat, rewards, config.kl_weight)
+        beyond = (log_probs.detach() - log_probs_old)[entries].abs() > config.clip_range
+        line = {
+            "epoch": self.completed,
+            "reward_mean": rewards.mean().item(),
+            "reward_std": rewards.std().item(),
+            "loss": loss.item(),
+            "correlation": correlation,
+            "slope": slope,
+            "kl_nats": (log_probs_old - log_probs_ref).sum(-1).mean().item() * self.policy.in_nats,
+            "clip_fraction": beyond.float().mean().item(),
+            "log_prob_drift": None if config.offline else all_gather(lambda: self.drift.view(1)).max().item(),
+            "rounding": self.rounding,
+            "grad_norm": grad_norm.item(),
+            "peak_memory_gib": peak_memory_gib(),
+            "images_per_second": rewards.numel() / sum(self.lap.seconds.values()),
+            "eval_reward": None,
+            "seconds": self.lap.seconds,
+        }
+        self.metrics.append(line)
+        self.write_metrics()
+        last = self.completed == config.epochs
+        if self.completed % config.eval_every == 0 or last:
+            line["eval_reward"] = self.all_evaluate()
+            self.lap("evaluate")
+            self.write_metrics()
+            if RANK == 0:
+                plots.reward_curve(self.metrics, self.folder / "reward.png")
+        self.log(line)
+        if self.completed % config.save_every == 0 or last:
+            self.save()
+
+    def write_metrics(self) -> None:
+        """metrics.jsonl, written whole so that a crash leaves the old or the new one."""
+        if RANK == 0:
+            unfinished = self.folder / "metrics.jsonl.unfinished"
+            unfinished.write_text("".join(json.dumps(line) + "\n" for line in self.metrics))
+            unfinished.replace(self.folder / "metrics.jsonl")
+
+    def all_evaluate(self) -> float | None:
+        """Mean reward of the evaluation prompts at fixed seeds; the first pictures of them go to samples/."""
+        config, prompts, shown = self.config, self.eval_prompts, []
+        if not prompts:
+            return None
+        share = range(RANK * len(prompts) // WORLD_SIZE, (RANK + 1) * len(prompts) // WORLD_SIZE)
+
+        def scores() -> Tensor:
+            parts = [torch.empty(0)]
+            for start in range(0, len(share), config.sample_batch_size):
+                batch = share[start : start + config.sample_batch_size]
+                batch_prompts, names = [prompts[i] for i in batch], [(config.seed, EVALUATION, i, 0) for i in batch]
+                images = sample_images(self.policy, self.pipe, batch_prompts, names, len(batch))
+                parts.append(self.reward(images, batch_prompts))
+                shown.extend(images[: max(0, 12 - len(shown))])
+            return torch.cat(parts)
+
+        rewards = all_gather(scores)
+        if RANK == 0:
+            file = self.folder / "samples" / f"epoch_{self.completed:06d}.png"
+            plots.grid({f"epoch {self.completed}": torch.stack(shown)}, prompts[: len(shown)], file)
+        return rewards.mean().item()
+
+    def measure_rounding(self, mine: Trajectories) -> None:
+        """Of four trajectories, for the record of the first epoch; printed with a warning where it drowns the clip."""
+        four = Trajectories(mine.cond[:4], mine.latents[:4], mine.log_probs[:4])
+        deviation = rounding(self.policy, four, self.config.log_prob_batch_size)
+        self.rounding = deviation.tolist()
+        say(describe_rounding(self.config, deviation))
+
+    def save(self) -> None:
+        if RANK == 0:
+            settings = dataclasses.asdict(self.config)
+            checkpoint.save(self.folder, self.completed, settings, self.parameters, self.optimizer, self.remembers)
+
+    @contextmanager
+    def saved_when_stopped(self, *kinds: type[Exception]) -> Iterator[None]:
+        """Around the epochs: Ctrl-C, and errors of these kinds, which leave the weights whole, save what is completed first."""
+        try:
+            yield
+        except kinds:
+            self.save()
+            raise
+        except KeyboardInterrupt:
+            self.save()
+            say(f"\nstopped after epoch {self.completed} of {self.config.epochs}; "
+                f"go on with: python train.py --resume {self.folder}")  # fmt: skip
+            sys.exit(130)
+
+
+def read_metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def start_log(config: Config, run: Path, completed: int) -> Callable[[dict], None]:
+    """A function that sends one line of metrics.jsonl to --log_to as well; ValueError if its package is not installed."""
+    if RANK > 0 or config.log_to == "none":
+        return lambda line: None
+    try:
+        if config.log_to == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+        else:
+            import wandb
+    except ImportError as error:
+        raise ValueError(f"--log_to {config.log_to} needs a package: pip install {config.log_to} ({error})") from error
+    if config.log_to == "tensorboard":
+        writer = SummaryWriter(str(run / "tensorboard"), purge_step=completed + 1)
+    else:
+        identity = run / "wandb_id"  # a resumed run goes on in the same curves
+        known = identity.read_text() if completed and identity.exists() else None
+        wandb.init(project="prdp", dir=run, id=known, name=run.name, config=dataclasses.asdict(config), resume="allow")
+        identity.write_text(wandb.run.id)
+
+    def log(line: dict) -> None:
+        numbers = {name: value for name, value in line.items() if isinstance(value, int | float)}
+        numbers |= {f"seconds/{phase}": value for phase, value in line.get("seconds", {}).items()}
+        if config.log_to == "tensorboard":
+            for name, value in numbers.items():
+                writer.add_scalar(name, value, line["epoch"])
+            writer.flush()
+        else:
+            wandb.log(numbers, step=line["epoch"])
+
+    return log
+
+
+class Stopwatch:
+    """lap("phase") adds the seconds since the last lap to that phase."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def __call__(self, phase: str) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.last
+        self.last = now
