@@ -6,7 +6,8 @@ makes the log-ratio to the reference predict the reward, up to a constant that c
     log pi(a)/pi_ref(a) - log pi(b)/pi_ref(b) = (r(a) - r(b)) / beta
 
 so PRDP regresses the left side onto the right. No model, configuration or process group is needed: every function takes
-the table of log-probs, (N, B, T) for N prompts, B images each and T denoising steps, and the rewards (N, B).
+the table of log-probs, (N, B, S) for N prompts, B images each and S denoising steps, and the rewards (N, B). S is the paper's T,
+less the steps of a schedule that draw no noise.
 
     python rdp_loss.py      # the theory on a Gaussian chain whose optimum is known in closed form
 """
@@ -16,17 +17,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-STEP_REDUCTIONS = ("mean", "sum")
+STEP_REDUCTIONS = {"mean": torch.mean, "sum": torch.sum}
 
 
 def log_ratio(log_probs: Tensor, log_probs_ref: Tensor, step_reduction: str = "mean") -> Tensor:
-    """rhat = log pi_theta(xbar|c) / pi_ref(xbar|c), (N, B, T) -> (N, B)  (Eq. 10).
+    """rhat = log pi_theta(xbar|c) / pi_ref(xbar|c), (N, B, S) -> (N, B)  (Eq. 10).
 
     Eq. 10 is the sum over steps; the paper's code (Appendix G) takes the mean, which multiplies the effective beta by T.
     """
     if step_reduction not in STEP_REDUCTIONS:
         raise ValueError(f"step_reduction must be one of {', '.join(STEP_REDUCTIONS)}, not {step_reduction!r}")
-    return getattr(log_probs - log_probs_ref, step_reduction)(-1)
+    return STEP_REDUCTIONS[step_reduction](log_probs - log_probs_ref, -1)
 
 
 def pairwise_differences(values: Tensor) -> Tensor:
@@ -42,9 +43,11 @@ def prediction_errors(rhat: Tensor, rewards: Tensor, kl_weight: float) -> Tensor
 def mean_over_pairs(errors: Tensor, rewards: Tensor) -> Tensor:
     """Mean over the pairs of each prompt with r_i > r_j, then over prompts; errors (N, B, B) -> scalar  (Appendix G).
 
-    Each unordered pair counts once and ties in reward drop out. A prompt whose rewards are all equal says nothing about
-    what to prefer.
-    NOT IN PAPER: its mean is over an empty set (NaN in the authors' code) and is defined as zero loss, zero gradient.
+    Each unordered pair counts once and ties in reward drop out.
+    NOT IN PAPER: Algorithm 1 takes the mean over all pairs of all prompts. With ties prompts have different numbers of pairs;
+    here each prompt weighs the same, as in the authors' code, which is of one prompt. Without ties the two are equal.
+    NOT IN PAPER: a prompt whose rewards are all equal says nothing about what to prefer. Its mean is over an empty set (NaN in
+    the authors' code) and is defined as zero loss, zero gradient.
     """
     counted = pairwise_differences(rewards) > 0
     per_prompt = torch.where(counted, errors, 0).sum((-2, -1)) / counted.sum((-2, -1)).clamp(min=1)
@@ -58,7 +61,7 @@ def rdp_loss(log_probs: Tensor, log_probs_ref: Tensor, rewards: Tensor, kl_weigh
 
 
 def clip_around(value: Tensor, value_old: Tensor, clip_range: float) -> Tensor:
-    """clip(value, old - eps, old + eps): the proximal step of Eq. 16 on trajectories (N, B), of Eq. 20 on steps (N, B, T)."""
+    """clip(value, old - eps, old + eps): the proximal step of Eq. 16 on trajectories (N, B), of Eq. 20 on steps (N, B, S)."""
     return torch.clamp(value, value_old - clip_range, value_old + clip_range)
 
 
@@ -74,7 +77,7 @@ def prdp_loss(
 ) -> Tensor:
     """E[max(unclipped, clipped error)], the final objective -> scalar  (Eq. 18, with the stepwise clip of Eq. 19-21).
 
-    log_probs, log_probs_old, log_probs_ref: (N, B, T) under theta, theta_old (which drew the trajectories) and the reference.
+    log_probs, log_probs_old, log_probs_ref: (N, B, S) under theta, theta_old (which drew the trajectories) and the reference.
     kl_weight: beta. clip_range: eps, in the unit of the log-probs; it bounds log pi_theta/pi_old of every single step.
     """
     clipped_log_probs = clip_around(log_probs, log_probs_old, clip_range)  # Eq. 20: the reference cancels on both sides

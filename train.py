@@ -35,7 +35,7 @@ from sampler import Policy, backward_through_table, log_prob_table, sample_traje
 # fmt: off
 def train(config: Config, run: Run, pipe, policy: Policy, reference: Reference, optimizer, prompts: list[str], reward: Reward,
           comparator: Comparator | None) -> None:
-    """Algorithm 1. Numbers at the right are its steps in words (README, "The algorithm"); the first, theta <- ref, is in main().
+    """Algorithm 1. Numbers at the right are its steps in words (README, "The algorithm").
 
     Each process draws, scores and differentiates its rows of the N * B trajectories; the (N, B, S) tables are of all.
     """
@@ -62,7 +62,7 @@ def train(config: Config, run: Run, pipe, policy: Policy, reference: Reference, 
         # of the later ones, so that rounding does not pass for a log-ratio.
         log_probs_old = all_gather(lambda: mine.log_probs).view(N, B, -1) if K == 1 and not config.offline else table(policy)  # 2
         run.lap("update")
-        if epoch == 0:  # theta is ref
+        if epoch == 0:  # theta is ref: main() has started it there                                                        # 1
             log_probs_ref = log_probs_old
             run.measure_rounding(mine)
         else:

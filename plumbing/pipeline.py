@@ -91,6 +91,9 @@ def ddim_schedule(scheduler: DDIMScheduler, eta: float) -> Schedule:
         scheduler.timesteps, alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), eta, scheduler.config.prediction_type,
         scheduler.config.clip_sample_range if scheduler.config.clip_sample else math.inf,
     )  # fmt: skip
+    if (schedule.sigma > schedule.s[1:] * (1 + 1e-9)).any():
+        most = (schedule.s[1:] / schedule.sigma)[schedule.noisy].min().item() * eta
+        raise ValueError(f"eta={eta} asks for more noise than a step of this schedule leaves: use at most {most:.3g}")
     if not schedule.noisy.numel():
         raise ValueError(
             f"num_steps={len(scheduler.timesteps)}: no step of this scheduler has noise, so there is no log-prob to train"
