@@ -98,8 +98,8 @@ def load_prompts(name: str, folder: str = "") -> list[str]:
 def draw_prompts(prompts: list[str], number: int, epoch: int, seed: int) -> list[str]:
     """The `number` prompts of an epoch.
 
-    NOT IN PAPER: Algorithm 1 draws each from p(c). Here the set is shuffled, dealt out, and shuffled anew when used up, so that it
-    is covered evenly.
+    NOT IN PAPER: Algorithm 1 draws each from p(c). Here the set is shuffled, dealt out, and shuffled anew when it is used up, and
+    so covered evenly.
     The order depends on (seed, epoch) alone: resuming, or another number of processes, continues the same one.
     """
     places = [divmod(place, len(prompts)) for place in range(epoch * number, (epoch + 1) * number)]
