@@ -154,6 +154,16 @@ def train_unet(pipe: StableDiffusionPipeline, captions: Captions, steps: int) ->
     _optimise(parameters, steps, 2e-3, loss_of_batch, "UNet and text encoder")
 
 
+def save(pipe: StableDiffusionPipeline, folder: Path) -> None:
+    """Saves the pipeline so that diffusers 0.35 with transformers 4 opens it too, with the same weights and token ids."""
+    # Of transformers 4 only this class reads tokenizer.json; for transformers 5 the name is another one of CLIPTokenizer.
+    pipe.register_to_config(tokenizer=("transformers", "CLIPTokenizerFast"))
+    pipe.save_pretrained(folder)
+    # transformers 5 reads the keys with or without this prefix, and writes them without; transformers 4 needs it.
+    weights = {f"text_model.{name}": weight for name, weight in pipe.text_encoder.state_dict().items()}
+    pipe.text_encoder.save_pretrained(folder / "text_encoder", state_dict=weights)
+
+
 def build(folder: Path, seed: int = 0, autoencoder_steps: int = AUTOENCODER_STEPS, unet_steps: int = UNET_STEPS) -> None:
     """Trains the miniature and saves it; the folder appears only when it is complete."""
     random_state = torch.get_rng_state()
@@ -163,7 +173,7 @@ def build(folder: Path, seed: int = 0, autoencoder_steps: int = AUTOENCODER_STEP
     train_unet(pipe, captions, unet_steps)
     torch.set_rng_state(random_state)
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.unfinished")
-    pipe.save_pretrained(unfinished)
+    save(pipe, unfinished)
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
 

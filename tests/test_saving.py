@@ -8,7 +8,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from plumbing.pipeline import ddim_scheduler, load_pipeline, save_pipeline
+from miniature import build
+from plumbing.pipeline import ddim_scheduler, encode_prompts, load_pipeline, save_pipeline
 
 CPU = torch.device("cpu")
 
@@ -25,6 +26,20 @@ def source(model_folder, tmp_path):
     tensors = load_file(file)
     save_file({f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in tensors.items()}, file)
     return folder
+
+
+def test_the_miniature_has_names_that_older_libraries_read(pipe, tmp_path):
+    build.save(pipe, tmp_path / "miniature")
+    assert all(
+        name.startswith("text_model.") for name in load_file(tmp_path / "miniature" / "text_encoder" / "model.safetensors")
+    )
+    index = json.loads((tmp_path / "miniature" / "model_index.json").read_text())
+    assert index["tokenizer"] == ["transformers", "CLIPTokenizerFast"]  # which reads tokenizer.json in version 4 as well
+    opened = load_pipeline(str(tmp_path / "miniature"), CPU)
+    prompts = ["a small red circle on a blue background", "a cat", ""]
+    assert opened.tokenizer(prompts).input_ids == pipe.tokenizer(prompts).input_ids
+    for name, tensor in encode_prompts(pipe, prompts).tensors.items():
+        assert torch.equal(encode_prompts(opened, prompts).tensors[name], tensor)
 
 
 def test_what_was_not_trained_arrives_byte_for_byte(source, tmp_path):
