@@ -1,7 +1,11 @@
 """Small random-weight models of Stable Diffusion's classes, made here: no test downloads anything."""
 
 import copy
+import json
+import os
+import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -60,3 +64,50 @@ def model_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "pipeline"
     make_pipeline().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def two_models(tmp_path_factory):
+    """Two small pipelines, in the folders base and other."""
+    folder = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(("base", "other")):
+        make_pipeline(seed).save_pretrained(folder / name)
+    return folder
+
+
+@dataclass(frozen=True)
+class OnTwo:
+    """What came of a case on two processes: where it wrote, and of each process the exit code and stderr."""
+
+    folder: Path
+    codes: list[int]
+    errors: list[str]
+
+
+@pytest.fixture(scope="session")
+def on_two_processes(model_folder, two_models, tmp_path_factory) -> dict[str, OnTwo]:
+    """All cases that want two processes, in one start of torchrun (tests/two_processes.py)."""
+    import test_evaluate
+    import test_methods
+    import test_train
+
+    folder = tmp_path_factory.mktemp("two")
+    cases = {"prdp": ("train", test_train.arguments(model_folder, folder / "prdp", "--epochs", "2"))}
+    for method in test_methods.FLAGS:
+        cases[method] = ("train", test_methods.arguments(method, model_folder, folder / method, folder))
+    models = ["--models", f"base={two_models}/base", f"other={two_models}/other"]
+    cases["evaluate"] = ("evaluate", [*test_evaluate.FLAGS, *models, "--output_dir", str(folder / "evaluate")])
+    failing = ["--epochs", "2", "--eval_prompts", "", "--reward", "test_train:bad_on_one_rank"]
+    cases["failing"] = ("train", test_train.arguments(model_folder, folder / "failing", *failing))
+    file = folder / "cases.json"
+    file.write_text(json.dumps(cases))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "tests/two_processes.py"]
+    done = subprocess.run(
+        [*command, str(file)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    ranks = [json.loads(file.with_suffix(f".{rank}.json").read_text()) for rank in range(2)]
+    return {
+        name: OnTwo(folder / name, [rank[name]["code"] for rank in ranks], [rank[name]["errors"] for rank in ranks])
+        for name in cases
+    }

@@ -2,15 +2,12 @@
 
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, make_pipeline, make_policy
+from conftest import make_pipeline, make_policy
 
 import evaluate
 import train
@@ -31,14 +28,6 @@ TRAINING = (
     "--images_per_prompt 2 --num_steps 3 --reward toy-colourfulness=2 --learning_rate 1e-3 --kl_weight 0.1"
 ).split()
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def two_models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    for seed, name in enumerate(("base", "other")):
-        make_pipeline(seed).save_pretrained(folder / name)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -109,19 +98,14 @@ def test_equal_pictures_have_no_diversity(two_models, tmp_path, monkeypatch):
     assert rows_of(tmp_path)["base", "toy-small", "toy-alignment"]["diversity"] < 1e-6
 
 
-def test_batch_size_and_processes_do_not_matter(two_models, evaluated, tmp_path):
-    expected = rows_of(evaluated)
+def test_batch_size_and_processes_do_not_matter(two_models, evaluated, on_two_processes, tmp_path):
+    expected, two = rows_of(evaluated), on_two_processes["evaluate"]
     models = ["--models", f"base={two_models}/base", f"other={two_models}/other"]
-    evaluate.main([*FLAGS, *models, "--batch_size", "7", "--output_dir", str(tmp_path / "batches")])
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "evaluate.py",
-         *FLAGS, *models, "--output_dir", str(tmp_path / "processes")],
-        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert len(list((tmp_path / "processes" / "scores" / "base").iterdir())) == 2  # both worked
-    for folder in ("batches", "processes"):
-        for key, row in rows_of(tmp_path / folder).items():
+    evaluate.main([*FLAGS, *models, "--batch_size", "7", "--output_dir", str(tmp_path)])
+    assert two.codes == [0, 0], two.errors
+    assert len(list((two.folder / "scores" / "base").iterdir())) == 2  # both worked
+    for folder in (tmp_path, two.folder):
+        for key, row in rows_of(folder).items():
             assert row["per_prompt"] == pytest.approx(expected[key]["per_prompt"], abs=1e-4)
             assert row["diversity"] == pytest.approx(expected[key]["diversity"], abs=1e-5)
 

@@ -1,16 +1,15 @@
 """Every method through the one loop: schedules of updates, gradients with a divergence, processes and resuming."""
 
 import dataclasses
-import subprocess
 from contextlib import nullcontext
 from typing import ClassVar
 
 import pytest
 import torch
-from conftest import ROOT, make_pipeline, make_policy
+from conftest import make_pipeline, make_policy
 from safetensors.torch import load_file
 from test_sampler import trajectories
-from test_train import ONE_THREAD, TORCHRUN, metrics, weights
+from test_train import metrics, weights
 
 import train
 from comparators.d3po import D3PO
@@ -173,8 +172,8 @@ def arguments(method, model_folder, run, tmp_path, *more) -> list[str]:
 
 
 @pytest.mark.parametrize("method", FLAGS)
-def test_method_runs_resumes_and_is_the_same_on_two_processes(method, model_folder, tmp_path):
-    whole, resumed, two = (tmp_path / name for name in ("whole", "resumed", "two"))
+def test_method_runs_resumes_and_is_the_same_on_two_processes(method, model_folder, on_two_processes, tmp_path):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     train.main(arguments(method, model_folder, whole, tmp_path))
     start = load_file(model_folder / "unet" / "diffusion_pytorch_model.safetensors")
     moved = torch.cat([(weights(whole)[n] - t).flatten() for n, t in start.items()])
@@ -187,14 +186,11 @@ def test_method_runs_resumes_and_is_the_same_on_two_processes(method, model_fold
     for name, tensor in weights(resumed).items():
         assert torch.equal(tensor, weights(whole)[name]), name
 
-    done = subprocess.run(
-        [*TORCHRUN, *arguments(method, model_folder, two, tmp_path)],
-        cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    moved_by_two = torch.cat([(weights(two)[n] - t).flatten() for n, t in start.items()])
+    two = on_two_processes[method]
+    assert two.codes == [0, 0], two.errors
+    moved_by_two = torch.cat([(weights(two.folder)[n] - t).flatten() for n, t in start.items()])
     assert (moved_by_two - moved).norm() < 0.1 * moved.norm()  # Adam's first steps on rounding: see test_two_processes_equal_one
-    assert metrics(two)[1]["reward_mean"] == pytest.approx(metrics(whole)[1]["reward_mean"], abs=1e-5)
+    assert metrics(two.folder)[1]["reward_mean"] == pytest.approx(metrics(whole)[1]["reward_mean"], abs=1e-5)
 
 
 def test_dpok_with_adapters_and_checkpointing_has_the_same_gradient_without(model_folder, tmp_path):

@@ -1,17 +1,15 @@
 """The theory of Sec. 3 on Gaussian chains in fp64, and the behaviour of the paper's own code (Appendix G)."""
 
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 
 from rdp_loss import (
     GaussianChain,
     clip_around,
+    demo,
     log_ratio,
     mean_over_pairs,
     pairwise_differences,
@@ -249,8 +247,9 @@ def test_prediction_quality():
     assert prediction_quality(rewards, torch.ones_like(rewards), 0.3) == (0.0, 0.0)
 
 
-def test_demonstration_prints_what_it_promises():
-    printed = subprocess.run([sys.executable, "rdp_loss.py"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+def test_demonstration_prints_what_it_promises(capsys):
+    demo()
+    printed = capsys.readouterr().out
     at_optimum = float(printed.split("L(pi*) = ")[1].split(",")[0])
     assert at_optimum < 1e-20
     reached = float(printed.split("|theta - theta*| = ")[1].split()[0])

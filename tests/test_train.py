@@ -1,5 +1,6 @@
 """The whole loop on a small random-weight pipeline: processes, resuming, interruption, and what users get wrong."""
 
+import functools
 import json
 import os
 import signal
@@ -21,7 +22,6 @@ from plumbing import checkpoint
 
 TINY = "--preset toy --prompts toy-small --prompts_per_epoch 4 --images_per_prompt 3 --learning_rate 1e-3 --eval_every 2".split()
 CLOCK_AND_MEMORY = ("seconds", "images_per_second", "peak_memory_gib")
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
 ONE_THREAD = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
 SEVERAL_UPDATES = [*TINY, "--updates_per_epoch", "3", "--clip_range", "3e-3", "--guidance_scale", "3"]
 
@@ -75,13 +75,10 @@ def test_result_opens_with_plain_diffusers_and_is_what_was_trained(finished, mod
     assert any(not torch.equal(saved[name], before[name]) for name in saved)
 
 
-def test_two_processes_equal_one(finished, model_folder, tmp_path):
-    run = tmp_path / "two"
-    done = subprocess.run(
-        [*TORCHRUN, *arguments(model_folder, run, "--epochs", "2")],
-        cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+def test_two_processes_equal_one(finished, model_folder, on_two_processes):
+    two = on_two_processes["prdp"]
+    run = two.folder
+    assert two.codes == [0, 0], two.errors
     start = load_file(model_folder / "unet" / "diffusion_pytorch_model.safetensors")
     one, two = (torch.cat([(weights(folder)[n] - t).flatten() for n, t in start.items()]) for folder in (finished, run))
     # Adam makes steps even of the rounding of gradients that should be zero (biases before a normalisation): a few percent.
@@ -111,14 +108,10 @@ def bad_on_one_rank(images, prompts):
     return alignment(images, prompts)
 
 
-def test_failing_reward_in_one_process_stops_all_with_one_message(model_folder, tmp_path):
-    done = subprocess.run(
-        [*TORCHRUN, *arguments(model_folder, tmp_path / "run", "--epochs", "2", "--eval_prompts", ""),
-         "--reward", "test_train:bad_on_one_rank"],
-        cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode != 0
-    errors = [line for line in done.stderr.splitlines() if line.startswith("train.py: error: ")]
+def test_failing_reward_in_one_process_stops_all_with_one_message(on_two_processes):
+    two = on_two_processes["failing"]
+    assert two.codes == [2, 2]
+    errors = [line for text in two.errors for line in text.splitlines() if ": error: " in line]
     assert len(errors) == 1 and "test_train:bad_on_one_rank" in errors[0] and "raised KeyError" in errors[0]
 
 
@@ -130,10 +123,12 @@ def slow_reward(images, prompts):
 
 def test_ctrl_c_saves_and_can_be_resumed(model_folder, tmp_path):
     run = tmp_path / "stopped"
-    flags = ["--reward", "test_train:slow_reward", "--sample_batch_size", "4"]
+    flags = ["--reward", "test_train:slow_reward", "--sample_batch_size", "4", "--eval_prompts", ""]
+    # What was started in the background ignores Ctrl-C, and so would its children.
+    ctrl_c_works = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(
         [sys.executable, "train.py", *arguments(model_folder, run, "--epochs", "1000", *flags)],
-        cwd=ROOT, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=ROOT, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=ctrl_c_works,
     )  # fmt: skip
     deadline = time.time() + 120
     while not ((run / "metrics.jsonl").exists() and len(metrics(run)) > 1) and time.time() < deadline:
