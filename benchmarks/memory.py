@@ -105,16 +105,16 @@ def derive(config: Config, shape: str = "full") -> dict[str, float]:
     pipe = SimpleNamespace(unet=unet)
     make_trainable(pipe, dataclasses.replace(config, compile=False))
     trained = list(trained_parameters(pipe).values())
+    width, channels, side = unet.config.cross_attention_dim, unet.config.in_channels, unet.config.sample_size
+
+    def texts(number: int) -> Embeddings:
+        return Embeddings({"encoder_hidden_states": torch.empty(number, 77, width)})
+
+    policy = unet_policy(
+        unet, texts(1), scheduler, guidance_scale=config.guidance_scale, eta=config.eta, autocast=config.autocast
+    )
     with FakeTensorMode(allow_non_fake_inputs=True):
         optimizer = torch.optim.AdamW(trained, fused=True)
-        width, channels, side = unet.config.cross_attention_dim, unet.config.in_channels, unet.config.sample_size
-
-        def texts(number: int) -> Embeddings:
-            return Embeddings({"encoder_hidden_states": torch.empty(number, 77, width)})
-
-        policy = unet_policy(
-            unet, texts(1), scheduler, guidance_scale=config.guidance_scale, eta=config.eta, autocast=config.autocast
-        )
 
         def inputs(batch: int):
             return torch.empty(batch, channels, side, side), torch.zeros(batch, dtype=torch.long), texts(batch)

@@ -35,8 +35,9 @@ def flops_per_entry(config: Config) -> int:
     """Floating point operations of the UNet for one (trajectory, step), guidance included."""
     pipe = load_pipeline(config.model, torch.device("cpu"))
     policy = pipeline_policy(pipe, config.num_steps, guidance_scale=config.guidance_scale, eta=config.eta)
+    cond = encode_prompts(pipe, ["a prompt"])
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        policy.denoise(torch.randn(1, *policy.latent_shape), torch.ones(1, dtype=torch.long), encode_prompts(pipe, ["a prompt"]))
+        policy.denoise(torch.randn(1, *policy.latent_shape), torch.ones(1, dtype=torch.long), cond)
     return counter.get_total_flops()
 
 

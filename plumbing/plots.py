@@ -68,28 +68,37 @@ def pixels(image: Tensor | Path):
     return np.asarray(Image.open(image)) if isinstance(image, Path) else image.permute(1, 2, 0).clamp(0, 1).cpu().numpy()
 
 
-def strips(columns: dict[str, list], prompts: list[str], path: Path) -> None:
-    """The same prompts and noise through training (Fig. 6): a row for every prompt, a column for every title."""
-    figure, axes = plt.subplots(
-        len(prompts),
-        len(columns),
-        figsize=(1.3 * len(columns) + 1.4, 1.35 * len(prompts) + 0.3),
-        squeeze=False,
-        layout="constrained",
-    )
-    for column, (title, images) in enumerate(columns.items()):
-        axes[0][column].set_title(title, fontsize=8)
-        for row, image in enumerate(images):
-            axes[row][column].imshow(pixels(image), interpolation="nearest")
-            axes[row][column].set(xticks=[], yticks=[])
-    for row, prompt in enumerate(prompts):
-        axes[row][0].set_ylabel(wrapped(prompt, 18), fontsize=6, rotation=0, ha="right", va="center")
-    finish(figure, path, 110)
-
-
 def wrapped(prompt: str, width: int) -> str:
     """A prompt in short lines, with nothing that matplotlib takes for mathematics."""
     return textwrap.fill(textwrap.shorten(prompt, 100), width).replace("$", r"\$")
+
+
+def sheet(width: float, height: float, left: float, picture_inches: float):
+    """A figure and its one axes for pictures of size 1, from the left margin -left to width and from 0 down to height.
+
+    One axes for all pictures: matplotlib takes seconds to lay out hundreds of them.
+    """
+    figure = plt.figure(figsize=((width + left) * picture_inches, height * picture_inches))
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(-left, width), ylim=(height, 0), autoscale_on=False)
+    axes.set_axis_off()
+    return figure, axes
+
+
+def place(axes, image: Tensor | Path, x: float, y: float) -> None:
+    """A picture with its upper left corner near (x, y)."""
+    axes.imshow(pixels(image), interpolation="nearest", extent=(x + 0.03, x + 0.97, y + 0.97, y + 0.03), aspect="auto")
+
+
+def strips(columns: dict[str, list], prompts: list[str], path: Path) -> None:
+    """The same prompts and noise through training (Fig. 6): a row for every prompt, a column for every title."""
+    figure, axes = sheet(len(columns), len(prompts) + 0.25, 1.2, 1.3)
+    for column, (title, images) in enumerate(columns.items()):
+        axes.text(column + 0.5, 0.2, title, fontsize=8, ha="center", va="bottom")
+        for row, image in enumerate(images):
+            place(axes, image, column, row + 0.25)
+    for row, prompt in enumerate(prompts):
+        axes.text(-0.05, row + 0.75, wrapped(prompt, 18), fontsize=6, ha="right", va="center")
+    finish(figure, path, 110)
 
 
 def grid(rows: dict[str, Tensor | list], prompts: list[str], path: Path, across: int = 6) -> None:
@@ -97,27 +106,16 @@ def grid(rows: dict[str, Tensor | list], prompts: list[str], path: Path, across:
 
     rows: title -> (P, 3, H, W) in [0, 1] or P files, in the order of the P prompts.
     """
-    bands, across = -(-len(prompts) // across), min(across, len(prompts))
-    figure, axes = plt.subplots(
-        bands * len(rows),
-        across,
-        figsize=(1.5 * across + 0.4, bands * (1.5 * len(rows) + 0.6)),
-        squeeze=False,
-        layout="constrained",
-    )
-    for axis in axes.flat:
-        axis.set_axis_off()
+    bands, across, title_height = -(-len(prompts) // across), min(across, len(prompts)), 0.5
+    figure, axes = sheet(across, bands * (len(rows) + title_height), 0.2, 1.5)
     for n, prompt in enumerate(prompts):
         band, column = divmod(n, across)
+        top = band * (len(rows) + title_height) + title_height
+        axes.text(column + 0.5, top, wrapped(prompt, 24), fontsize=7, ha="center", va="bottom")
         for below, (title, images) in enumerate(rows.items()):
-            axis = axes[band * len(rows) + below][column]
-            axis.set_axis_on()
-            axis.imshow(pixels(images[n]), interpolation="nearest")
-            axis.set(xticks=[], yticks=[])
-            if below == 0:
-                axis.set_title(wrapped(prompt, 24), fontsize=7)
+            place(axes, images[n], column, top + below)
             if column == 0:
-                axis.set_ylabel(title, fontsize=8)
+                axes.text(-0.05, top + below + 0.5, title, fontsize=8, rotation=90, ha="right", va="center")
     finish(figure, path, 110)
 
 

@@ -180,7 +180,7 @@ def gradient(pipe, drawn, table_grad, **changes) -> torch.Tensor:
     pipe.unet = copy.deepcopy(pipe.unet)
     config = dataclasses.replace(parse([]), **changes)
     make_trainable(pipe, config)
-    backward_through_table(make_policy(pipe), drawn, table_grad, 4)
+    backward_through_table(make_policy(pipe), drawn, table_grad, 3)  # 3 x 2 entries: batches of one size, compiled once
     return torch.cat([parameter.grad.flatten() for parameter in trained_parameters(pipe).values()])
 
 

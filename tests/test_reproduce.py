@@ -4,12 +4,15 @@ import argparse
 import json
 import math
 import shutil
+import sys
 
 import pytest
 import torch
 from conftest import ROOT
 
+import evaluate
 import reproduce
+import train
 from benchmarks import gradient_variance
 from config import check
 from plumbing import figures, jobs, plots
@@ -78,6 +81,22 @@ def test_the_search_ends_between_two_worse_rates(monkeypatch, tmp_path):
 
 
 @pytest.fixture
+def began(monkeypatch) -> list[list[str]]:
+    """Makes the queue work here and now, one job after the other, and collects their commands."""
+    commands: list[list[str]] = []
+    mains = {"train.py": train.main, "evaluate.py": evaluate.main}
+
+    def here(queue, title, at_once, logs):
+        for job in queue:
+            script, *argv = job.command[1:]
+            commands.append([script, *argv])
+            mains[script](argv)
+
+    monkeypatch.setattr(reproduce, "work_off", here)
+    return commands
+
+
+@pytest.fixture
 def tiny(monkeypatch, model_folder, tmp_path):
     """Runs of two epochs at one learning rate, on four prompts."""
     shorter = "--prompts_per_epoch 2 --images_per_prompt 4 --save_every 1 --keep_every 1"
@@ -91,7 +110,7 @@ def tiny(monkeypatch, model_folder, tmp_path):
     return ["fig7", "--seeds", "3", "--jobs", "2", "--folder", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
 
 
-def test_a_target_from_search_to_figure_and_nothing_twice(tiny, tmp_path, monkeypatch, capsys):
+def test_a_target_from_search_to_figure_and_nothing_twice(tiny, began, tmp_path, monkeypatch, capsys):
     reproduce.main(tiny)
     search = json.loads((tmp_path / "results" / "learning-rates.json").read_text())
     (found,) = search["results"]
@@ -111,14 +130,7 @@ def test_a_target_from_search_to_figure_and_nothing_twice(tiny, tmp_path, monkey
 
     shutil.rmtree(tmp_path / "runs" / "evaluation-small-seed3")
     shutil.rmtree(tmp_path / "runs" / "PRDP-3" / "pipeline")  # as if stopped before the end: this run only is taken up
-    began: list[str] = []
-
-    def note(command, **more):
-        began.append(command[1:])
-        return original(command, **more)
-
-    original = jobs.subprocess.Popen
-    monkeypatch.setattr(jobs.subprocess, "Popen", note)
+    began.clear()
     before = (tmp_path / "results" / "fig7.json").read_text()
     reproduce.main(tiny)
     assert [c for c in began if c[0] == "train.py"] == [["train.py", "--resume", str(tmp_path / "runs" / "PRDP-3")]]
@@ -134,12 +146,36 @@ def test_a_target_from_search_to_figure_and_nothing_twice(tiny, tmp_path, monkey
     assert stopped.value.code == 2 and "holds a run with other settings" in capsys.readouterr().err
 
 
+def python(name: str, code: str) -> jobs.Job:
+    return jobs.Job(name, [sys.executable, "-c", code])
+
+
 def test_a_failing_run_is_named(tiny, monkeypatch, capsys):
-    monkeypatch.setattr(reproduce, "LEARNING_RATES", ("0", "0", "-1"))
+    monkeypatch.setattr(reproduce, "training", lambda name, *_: python(name.replace(" ", "-"), "raise SystemExit('too hot')"))
     with pytest.raises(SystemExit) as stopped:
         reproduce.main(tiny)
     errors = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
-    assert stopped.value.code == 2 and "learning_rate must be a positive number" in errors[-1]
+    assert stopped.value.code == 2 and "search-prdp-small-0.5 failed" in errors[-1] and errors[-1].endswith("too hot")
+
+
+def test_the_queue_works_side_by_side_and_stops_what_runs_when_one_fails(tmp_path):
+    """Two that wait for each other's file end only if both run at once; then one fails while the other would go on for ever."""
+    wait = "import pathlib, time; pathlib.Path({mine!r}).touch()\nwhile not pathlib.Path({other!r}).exists(): time.sleep(0.01)"
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    meeting = [python("one", wait.format(mine=a, other=b)), python("two", wait.format(mine=b, other=a))]
+    jobs.work_off([*meeting, python("three", "print('later')")], "queue", 2, tmp_path)
+    assert (tmp_path / "three.log").read_text() == "later\n"
+    begun = str(tmp_path / "begun")
+    first = "import pathlib, signal, sys, time; begun = pathlib.Path(sys.argv[1])\n"
+    endless = "signal.signal(signal.SIGINT, signal.default_int_handler); begun.touch(); time.sleep(60)"
+    worse = "while not begun.exists(): time.sleep(0.01)\nprint('first'); sys.exit('worse')"
+    pair = [
+        jobs.Job(name, [sys.executable, "-c", first + code, begun]) for name, code in (("endless", endless), ("failing", worse))
+    ]
+    with pytest.raises(ValueError, match=r"failing failed, see .*failing\.log: worse"):
+        jobs.work_off([*pair, python("never", "")], "queue", 2, tmp_path)
+    assert "KeyboardInterrupt" in (tmp_path / "endless.log").read_text()
+    assert not (tmp_path / "never.log").exists()
 
 
 def test_wrong_arguments(capsys):
@@ -155,11 +191,11 @@ def test_wrong_arguments(capsys):
 
 def test_gradient_variance_runs_every_method(monkeypatch, model_folder, tmp_path):
     monkeypatch.setattr(gradient_variance, "ALL", f"{gradient_variance.ALL} --model {model_folder} --prompts_per_epoch 2")
+    monkeypatch.setattr(gradient_variance, "WARM_UP", 2)
     output = tmp_path / "variance.json"
     gradient_variance.main(["--epochs", "3", "--output", str(output)])
     rows = json.loads(output.read_text())["results"]
     assert set(rows) == set(gradient_variance.VARIANTS)
-    assert all(-1 <= row["cosine"] <= 1 for row in rows.values())
     assert all(row["above_prdp"] == row["cosine"] - rows["PRDP"]["cosine"] for row in rows.values())
     assert [name for name, row in rows.items() if row["above_prdp_standard_error"] == 0] == ["PRDP"]
     values = [row["cosine"] for row in rows.values()]
