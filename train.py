@@ -61,7 +61,6 @@ def train(config: Config, run: Run, pipe, policy: Policy, reference: Reference, 
         # theta_old <- theta: what is remembered of it is this table. NOT IN PAPER: with K > 1 it is made again, in the batches
         # of the later ones, so that rounding does not pass for a log-ratio.
         log_probs_old = all_gather(lambda: mine.log_probs).view(N, B, -1) if K == 1 and not config.offline else table(policy)  # 2
-        run.lap("update")
         if epoch == 0:  # theta is ref: main() has started it there                                                        # 1
             log_probs_ref = log_probs_old
             run.measure_rounding(mine)
@@ -82,8 +81,10 @@ def train(config: Config, run: Run, pipe, policy: Policy, reference: Reference, 
                 log_probs = log_probs_old.clone()
                 if k > 0:  # theta has moved
                     log_probs[update.entries] = table(policy, update.entries)[update.entries]
-                # The network lies behind the table: first the derivative of the loss by the table, then on, some steps at a time.
-                loss, table_grad = update.differentiated(log_probs)                                                        # 7
+                loss = update.loss(log_probs.requires_grad_())                                                             # 7
+                # The network lies behind the table: first the derivative by the table, then on, some steps at a time.
+                (table_grad,) = torch.autograd.grad(loss, log_probs)
+                assert not table_grad[~update.entries].any(), "the loss of an update reads entries that are not among its own"
                 recomputed = backward_through_table(policy, mine, table_grad.flatten(0, 1)[rows], config.train_batch_size,
                                                     update.kl, update.kl_grad.flatten(0, 1)[rows])
                 all_sum_gradients(run.trained)

@@ -86,7 +86,7 @@ class DDPO:
             def loss(log_probs: Tensor, whole=whole) -> Tensor:
                 if config.score_function:
                     return score_function_loss(log_probs[whole], advantages[whole])
-                old = epoch.log_probs_old[whole]
-                return importance_sampling_loss(log_probs[whole], old, advantages[whole], config.clip_range)
+                log_probs_old = epoch.log_probs_old[whole]
+                return importance_sampling_loss(log_probs[whole], log_probs_old, advantages[whole], config.clip_range)
 
             yield Update(whole.unsqueeze(-1).expand_as(epoch.log_probs_old), loss)

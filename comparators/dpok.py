@@ -122,20 +122,23 @@ class DPOK:
         return noise_difference(mu, mu_ref, k[i].to(mu).view(-1, 1, 1, 1)).flatten(1).double().mean(1)
 
     def updates(self, epoch: Epoch) -> Iterator[Update]:
-        config, old = self.config, epoch.log_probs_old
-        values = torch.zeros_like(old)
+        config, log_probs_old = self.config, epoch.log_probs_old
+        values = torch.zeros_like(log_probs_old)
         if config.critic:
             self.train_critic(epoch)
             values = self.values(epoch)
-        order = epoch.shuffled(old.numel())
+        rewards = epoch.rewards.unsqueeze(-1).expand_as(log_probs_old)
+        order = epoch.shuffled(log_probs_old.numel())
         number = min(config.steps_per_update, len(order))
         for k in range(config.updates_per_epoch):
             some = order.roll(-k * number)[:number]
-            entries = torch.zeros(old.numel(), dtype=torch.bool).index_fill(0, some, True).view_as(old)
+            entries = torch.zeros(len(order), dtype=torch.bool).index_fill(0, some, True).view_as(log_probs_old)
 
-            def loss(log_probs: Tensor, entries=entries) -> Tensor:
-                rewards = epoch.rewards.unsqueeze(-1).expand_as(old)[entries]
-                now, before, value = (table[entries].unsqueeze(-1) for table in (log_probs, old, values))
-                return dpok_loss(now, before, rewards, value, reward_scale=config.reward_scale, clip_range=config.clip_range)
+            def loss(log_probs: Tensor, entries=entries) -> Tensor:  # of these entries as trajectories of one step each
+                tables = (table[entries].unsqueeze(-1) for table in (log_probs, log_probs_old))
+                return dpok_loss(
+                    *tables, rewards[entries], values[entries].unsqueeze(-1),
+                    reward_scale=config.reward_scale, clip_range=config.clip_range,
+                )  # fmt: skip
 
             yield Update(entries, loss, config.kl_weight / number, self.divergence if config.kl_weight else None)

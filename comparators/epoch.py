@@ -36,21 +36,14 @@ class Epoch:
 class Update:
     """One gradient update: the entries of the (N, B, S) table it is over, and its loss as a function of that table.
 
-    The loss reads no other entries. A further term of it may be kl_weight times the sum over these entries of a divergence from
-    the reference, kl(x_t, i, cond, mu, sigma) -> (M,), of single steps.
+    The loss reads no other entries, which train() asserts. A further term of it may be kl_weight times the sum over these entries
+    of a divergence from the reference, kl(x_t, i, cond, mu, sigma) -> (M,), of single steps.
     """
 
     entries: Tensor  # (N, B, S), bool
     loss: Callable[[Tensor], Tensor]  # of the (N, B, S) log-probs under theta -> scalar
     kl_weight: float = 0.0
     kl: Callable[[Tensor, Tensor, Condition, Tensor, Tensor], Tensor] | None = None
-
-    def differentiated(self, log_probs: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss (without the divergence) and its derivative by the table, (N, B, S) -> scalar and (N, B, S)."""
-        loss = self.loss(log_probs.requires_grad_())
-        (table_grad,) = torch.autograd.grad(loss, log_probs)
-        assert not table_grad[~self.entries].any(), "the loss of an update reads entries that are not among its own"
-        return loss, table_grad
 
     @property
     def kl_grad(self) -> Tensor:
