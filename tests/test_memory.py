@@ -62,11 +62,17 @@ def test_options_save_what_they_should():
     assert adapters["resident"] < usual["resident"] - 2.9 * size  # no reference, hardly any moments
 
 
-def test_table_and_json(capsys, tmp_path):
+def test_table_and_json(capsys, tmp_path, monkeypatch):
+    """What derive() says of these flags and this shape, tested above, is printed and written."""
+    derived = {"resident": 1.25, "sample": 2.25, "reward": 3.25, "reference": 4.25, "update": 5.25}
+    asked = []
+    monkeypatch.setattr(memory, "derive", lambda *how: asked.append(how) or derived)
     memory.main(["--shape", "tiny", "--output", str(tmp_path / "memory.json"), "--preset", "toy"])
-    assert "| these flags |" in capsys.readouterr().out
+    assert asked == [(parse(["--preset", "toy"]), "tiny")]
+    assert "| these flags | 1.2 | 2.2 | 3.2 | 4.2 | 5.2 |" in capsys.readouterr().out
     result = json.loads((tmp_path / "memory.json").read_text())
-    assert "not measured" in result["how"] and result["results"][0]["update"] > 0
+    assert "not measured" in result["how"]
+    assert result["results"] == [{"name": "these flags", "flags": "--preset toy"} | derived]
     with pytest.raises(SystemExit) as stopped:
         memory.main(["--presett", "toy"])
     assert stopped.value.code == 2 and "unknown argument '--presett'" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -160,7 +161,7 @@ def test_epoch_of_equal_rewards_changes_nothing_but_the_decay(model_folder, tmp_
     (tmp_path / "flat.py").write_text("import torch\ndef flat(images, prompts):\n    return torch.ones(len(images))\n")
     sys.path.append(str(tmp_path))
     run = tmp_path / "run"
-    train.main(arguments(model_folder, run, "--epochs", "1", "--reward", "flat:flat", "--weight_decay", "0"))
+    train.main(arguments(model_folder, run, "--epochs", "1", "--eval_prompts", "", "--reward", "flat:flat", "--weight_decay", "0"))
     before = load_file(model_folder / "unet" / "diffusion_pytorch_model.safetensors")
     assert metrics(run)[1]["loss"] == 0
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(run).items())
@@ -168,14 +169,15 @@ def test_epoch_of_equal_rewards_changes_nothing_but_the_decay(model_folder, tmp_
 
 def test_autocast_trains_and_reports_its_drift(model_folder, tmp_path):
     run = tmp_path / "run"
-    train.main(arguments(model_folder, run, "--epochs", "1", "--autocast", "bf16", "--train_batch_size", "7"))
+    flags = ["--epochs", "1", "--eval_prompts", "", "--autocast", "bf16", "--train_batch_size", "7"]
+    train.main(arguments(model_folder, run, *flags))
     assert 0 <= metrics(run)[1]["log_prob_drift"] < 0.05
     assert metrics(run)[1]["grad_norm"] > 0
     assert all(tensor.dtype == torch.float32 for tensor in weights(run).values())
 
 
-def test_batch_arithmetic_is_printed_and_right(capsys, finished, model_folder, tmp_path):
-    train.main(arguments(model_folder, tmp_path / "run", "--epochs", "1"))
+def test_batch_arithmetic_is_printed_and_right(capsys, model_folder, tmp_path):
+    train.main(arguments(model_folder, tmp_path / "run", "--epochs", "1", "--eval_prompts", ""))
     printed = capsys.readouterr().out
     assert "4 of 45 prompts x 3 images = 12 trajectories x 4 steps = 48 log-probs" in printed
     assert "4 prompts x 3 = 12 pairs" in printed
@@ -258,14 +260,15 @@ def test_failing_rewards_lose_nothing(capsys, tmp_path, model_folder):
     sys.path.append(str(tmp_path))
     for name, message in (("broken", "raised ZeroDivisionError"), ("short", "returned shape (1,)"), ("late_nan", "returned nan")):
         run = tmp_path / name
-        flags = ["--reward", f"bad_rewards:{name}", "--epochs", "9", "--save_every", "100"]
+        flags = ["--reward", f"bad_rewards:{name}", "--epochs", "9", "--eval_prompts", "", "--save_every", "100"]
         line = refused(capsys, arguments(model_folder, run, *flags))
         assert message in line and f"bad_rewards:{name}" in line and "background'" in line  # the reward and the prompt
     assert checkpoint.read_state(tmp_path / "late_nan")["epoch"] == len(metrics(tmp_path / "late_nan")) - 1 >= 1
 
 
 def test_non_finite_loss_stops(capsys, tmp_path, model_folder):
-    assert "gradient norm inf in epoch 1" in refused(capsys, arguments(model_folder, tmp_path / "run", "--kl_weight", "1e-30"))
+    flags = ["--eval_prompts", "", "--kl_weight", "1e-30"]
+    assert "gradient norm inf in epoch 1" in refused(capsys, arguments(model_folder, tmp_path / "run", *flags))
 
 
 def test_wrong_checkpoints(capsys, tmp_path, model_folder, finished):
@@ -274,24 +277,23 @@ def test_wrong_checkpoints(capsys, tmp_path, model_folder, finished):
     assert "already holds a run" in refused(capsys, arguments(model_folder, finished))
 
     def copied(name):
-        run = tmp_path / name
-        train.main(arguments(model_folder, run, "--epochs", "1", "--eval_prompts", ""))
+        run = shutil.copytree(finished, tmp_path / name)
         return run, checkpoint.all_checkpoints(run)[-1]
 
     run, folder = copied("damaged")
     whole = (folder / "weights.safetensors").read_bytes()
     (folder / "weights.safetensors").write_bytes(whole[: len(whole) // 2])
-    assert "damaged checkpoint" in refused(capsys, ["--resume", run, "--epochs", "2"])
+    assert "damaged checkpoint" in refused(capsys, ["--resume", run, "--epochs", "3"])
     (folder / "weights.safetensors").unlink()
-    assert "damaged checkpoint" in refused(capsys, ["--resume", run, "--epochs", "2"])
+    assert "damaged checkpoint" in refused(capsys, ["--resume", run, "--epochs", "3"])
     (folder / "state.json").write_text('{"epoch": ')
-    assert "damaged checkpoint" in refused(capsys, ["--resume", run, "--epochs", "2"])
+    assert "damaged checkpoint" in refused(capsys, ["--resume", run, "--epochs", "3"])
 
     run, folder = copied("foreign")
     state = json.loads((folder / "state.json").read_text())
     state["config"]["model"] = str(other_model(tmp_path))
     (folder / "state.json").write_text(json.dumps(state))
-    assert "foreign checkpoint" in refused(capsys, ["--resume", run, "--epochs", "2"])
+    assert "foreign checkpoint" in refused(capsys, ["--resume", run, "--epochs", "3"])
 
 
 def other_model(tmp_path) -> Path:
