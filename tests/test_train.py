@@ -161,7 +161,8 @@ def test_epoch_of_equal_rewards_changes_nothing_but_the_decay(model_folder, tmp_
     (tmp_path / "flat.py").write_text("import torch\ndef flat(images, prompts):\n    return torch.ones(len(images))\n")
     sys.path.append(str(tmp_path))
     run = tmp_path / "run"
-    train.main(arguments(model_folder, run, "--epochs", "1", "--eval_prompts", "", "--reward", "flat:flat", "--weight_decay", "0"))
+    flags = ["--epochs", "1", "--eval_prompts", "", "--reward", "flat:flat", "--weight_decay", "0"]
+    train.main(arguments(model_folder, run, *flags))
     before = load_file(model_folder / "unet" / "diffusion_pytorch_model.safetensors")
     assert metrics(run)[1]["loss"] == 0
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(run).items())
