@@ -115,7 +115,7 @@ def signal(gradients: torch.Tensor) -> tuple[dict[str, float], torch.Tensor]:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="gradient_variance.py", allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="benchmarks.gradient_variance", allow_abbrev=False)
     parser.add_argument("--epochs", type=int, default=64, help="independent epochs of 64 pictures, of each variant")
     parser.add_argument("--output", type=Path, required=True, help="a JSON file")
     arguments = parser.parse_args(argv)

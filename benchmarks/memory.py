@@ -1,6 +1,6 @@
 """How much GPU memory a run will need, derived on a machine without a GPU.
 
-    python -m benchmarks.memory                                               # the README's recipes, in some minutes
+    python -m benchmarks.memory                                               # the recipes of docs/stable-diffusion.md, in minutes
     python -m benchmarks.memory --preset large-hpsv2 --lora_rank 16 ...       # any flags of train.py
 
 Stable Diffusion v1.4's shape and full-sized reward models are run as tensors without content (torch's FakeTensorMode) through

@@ -4,11 +4,14 @@ import ast
 import json
 import re
 
+import torch
 from conftest import ROOT
+from safetensors.torch import load_file
 from test_house import ROOMS
 
 from benchmarks.memory import RECIPES
 from config import PRESETS
+from miniature import world
 from plumbing.figures import TARGETS
 from plumbing.reward_models import SOURCES
 
@@ -38,12 +41,22 @@ def test_names_in_all_pages_exist():
 def test_links_lead_somewhere():
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        targets = re.findall(r"\]\(([^)#]+)\)", text) + re.findall(r'(?:href|src)="([^"]+)"', text)
+        targets = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text) + re.findall(r'(?:href|src)="([^"]+)"', text)
         for target in targets:
             assert "://" in target or (page.parent / target).exists(), f"{page.name}: {target}"
         for file in re.findall(r"`((?:[\w-]+/)*[\w-]+\.(?:py|json|md|jinja|toml))`", text):
             places = (ROOT, ROOT / "results", page.parent)
-            generated = file in ("mine.py", "config.json", "results.json", "train.json", "table.md")
+            generated = file in (
+                "mine.py",
+                "benchmark.py",
+                "memory.py",
+                "gradient_variance.py",
+                "toy_model.py",
+                "config.json",
+                "results.json",
+                "train.json",
+                "table.md",
+            )
             assert generated or any((place / file).exists() for place in places), f"{page.name}: {file}"
         for module in re.findall(r"python -m ([a-z_.]+)", text):
             assert (ROOT / (module.replace(".", "/") + ".py")).exists(), f"{page.name}: {module}"
@@ -63,6 +76,9 @@ def test_the_loop_from_python_runs(model_folder, capsys):
     assert len(code.split("\n\n")[1].splitlines()) <= 20
     first, *later = capsys.readouterr().out.splitlines()
     assert first.endswith("log-ratios up to 0.0e+00") and len(later) == 3
+    before = load_file(model_folder / "unet" / "diffusion_pytorch_model.safetensors")
+    after = space["pipe"].unet.state_dict()
+    assert before.keys() == after.keys() and not any(torch.equal(before[name], after[name]) for name in before)
     assert all(float(line.split("up to ")[1]) > 1e-6 for line in later)
 
 
@@ -115,6 +131,8 @@ def test_results_in_the_readme_are_the_committed_ones():
         seconds = sum(sum(line["seconds"].values()) for line in lines[1:])
         assert rows["seconds of finetuning on 2 CPU cores, with evaluation"][seed] == f"{seconds:.0f}" and seconds < 240
     rows = json.loads((ROOT / "results" / "benchmark.json").read_text())["results"]
+    seconds = " and ".join(f"{row['seconds_per_epoch']:.3g}" for row in rows)
+    assert f"an epoch of {seconds} seconds on 2 CPU cores" in README.replace("\n", " ")
     least, most = (row["peak_memory_gib"] for row in rows)
     assert f"{least:.3f} GiB" in README and f"{most:.3f} GiB" in README and most < 1.05 * least
 
@@ -128,6 +146,7 @@ def test_the_papers_comparisons_in_the_readme_are_the_committed_ones():
     folder = ROOT / "results" / "reproduce"
     results = {name: json.loads((folder / f"{name}.json").read_text()) for name in TARGETS}
     section = MINIATURE.split("## The paper's comparisons")[1]
+    assert f'"large scale" of {len(world.PROMPT_SETS["toy-train"]()):,} for' in section
     for name, target in TARGETS.items():
         assert f"`{name}`" in section and f"results/reproduce/{name}.png" in section, name
         assert (folder / f"{name}.png").exists() and results[name]["versions"]["torch"] and results[name]["machine"]["cpu_cores"]

@@ -158,24 +158,34 @@ def test_a_failing_run_is_named(tiny, monkeypatch, capsys):
     assert stopped.value.code == 2 and "search-prdp-small-0.5 failed" in errors[-1] and errors[-1].endswith("too hot")
 
 
+def waits(mine, other=None, then="") -> str:
+    """Python that leaves the file `mine`, waits for `other`, which ends in an error after half a minute, and goes on."""
+    return f"""
+import pathlib, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+pathlib.Path({str(mine)!r}).touch()
+for _ in range(3000):
+    if pathlib.Path({str(other)!r}).exists():
+        break
+    time.sleep(0.01)
+else:
+    sys.exit("alone")
+{then}
+"""
+
+
 def test_the_queue_works_side_by_side_and_stops_what_runs_when_one_fails(tmp_path):
-    """Two that wait for each other's file end only if both run at once; then one fails while the other would go on for ever."""
-    wait = "import pathlib, time; pathlib.Path({mine!r}).touch()\nwhile not pathlib.Path({other!r}).exists(): time.sleep(0.01)"
-    a, b = str(tmp_path / "a"), str(tmp_path / "b")
-    meeting = [python("one", wait.format(mine=a, other=b)), python("two", wait.format(mine=b, other=a))]
+    """Two that wait for each other's file end only if both run at once; then one fails while the other would go on waiting."""
+    a, b, begun = tmp_path / "a", tmp_path / "b", tmp_path / "begun"
+    meeting = [python("one", waits(a, b)), python("two", waits(b, a))]
     jobs.work_off([*meeting, python("three", "print('later')")], "queue", 2, tmp_path)
     assert (tmp_path / "three.log").read_text() == "later\n"
-    begun = str(tmp_path / "begun")
-    first = "import pathlib, signal, sys, time; begun = pathlib.Path(sys.argv[1])\n"
-    endless = "signal.signal(signal.SIGINT, signal.default_int_handler); begun.touch(); time.sleep(60)"
-    worse = "while not begun.exists(): time.sleep(0.01)\nprint('first'); sys.exit('worse')"
-    pair = [
-        jobs.Job(name, [sys.executable, "-c", first + code, begun]) for name, code in (("endless", endless), ("failing", worse))
-    ]
+    endless = python("endless", waits(begun, tmp_path / "never"))
+    failing = python("failing", waits(tmp_path / "c", begun, "print('first'); sys.exit('worse')"))
     with pytest.raises(ValueError, match=r"failing failed, see .*failing\.log: worse"):
-        jobs.work_off([*pair, python("never", "")], "queue", 2, tmp_path)
+        jobs.work_off([endless, failing, python("waiting", "")], "queue", 2, tmp_path)
     assert "KeyboardInterrupt" in (tmp_path / "endless.log").read_text()
-    assert not (tmp_path / "never.log").exists()
+    assert not (tmp_path / "waiting.log").exists()
 
 
 def test_wrong_arguments(capsys):
