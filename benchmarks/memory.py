@@ -1,7 +1,7 @@
 """How much GPU memory a run will need, derived on a machine without a GPU.
 
-    python -m benchmarks.memory                                               # the recipes of docs/stable-diffusion.md, in minutes
-    python -m benchmarks.memory --preset large-hpsv2 --lora_rank 16 ...       # any flags of train.py
+    python -m benchmarks.memory                                          # the recipes of docs/stable-diffusion.md
+    python -m benchmarks.memory --preset large-hpsv2 --lora_rank 16 ...  # any flags of train.py
 
 Stable Diffusion v1.4's shape and full-sized reward models are run as tensors without content (torch's FakeTensorMode) through
 the passes of one epoch, and the storages that are alive are added up. That is the memory of tensors: the CUDA context, the
