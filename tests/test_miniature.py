@@ -138,4 +138,4 @@ def test_build_makes_a_stable_diffusion_folder_deterministically(tmp_path, monke
 
 
 def test_folder_is_named_after_the_code():
-    assert build.toy_folder().name.startswith("toy-") and build.toy_folder() == build.toy_folder()
+    assert build.toy_folder().name.startswith("toy-")
