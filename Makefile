@@ -38,6 +38,6 @@ results: .venv/installed
 		cp runs/seed$$seed/metrics.jsonl runs/seed$$seed/config.json runs/seed$$seed/evaluation/results.json \
 			results/toy-seed$$seed/ || exit 1; \
 	done
-	$(BIN)/python -m miniature.build > results/toy-limits.json
+	$(BIN)/python -m benchmarks.limits > results/toy-limits.json
 	$(BIN)/python -m benchmarks.speed --preset toy --output results/benchmark.json
 	$(BIN)/python -m benchmarks.memory --output results/memory.json

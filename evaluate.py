@@ -178,10 +178,7 @@ def predict(
     The trajectories are drawn once more, by their names the same. Leaves out checkpoints, models that were not trained here, and
     those whose training reward was not evaluated. opened, base: functions that open the model's and the reference's pipeline.
     """
-    done, file = (
-        results.read(model.name, set_name, prompts),
-        Path(f"{results.path('scores', model.name, set_name)}.predicted.json"),
-    )
+    done, file = results.read(model.name, set_name, prompts), results.prediction(model.name, set_name)
     parts = parse_weighted(model.run["reward"]) if model.run else []
     number, B = min(config.predicted, len(prompts)), min(config.images_per_prompt, 8)
     known = parts and model.run["method"] == "prdp" and model.epoch is None and all(name in config.rewards for name, _ in parts)

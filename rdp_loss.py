@@ -169,12 +169,12 @@ def demo() -> None:
     print(f"L(halfway) = {loss_at(chain, (theta_ref + theta_star) / 2, x):.2f}")
 
     theta = theta_ref.clone().requires_grad_()
-    optimiser = torch.optim.Adam([theta], lr=0.05)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 400)
+    optimizer = torch.optim.Adam([theta], lr=0.05)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 400)
     for _ in range(400):  # Algorithm 1 with K = 1: fresh trajectories from the current policy for every update
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss_at(chain, theta, draw(chain, theta, 8, 8)).backward()
-        optimiser.step()
+        optimizer.step()
         schedule.step()
     print(f"2. Alg. 1   400 online updates from pi_ref: |theta - theta*| = {(theta - theta_star).norm().detach():.1e} ", end="")
     print(f"(started at {(theta_ref - theta_star).norm():.2f})")

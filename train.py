@@ -1,9 +1,9 @@
 """Training: Algorithm 1 of PRDP (arXiv 2402.08714v2), top to bottom.
 
-    python train.py --preset toy                          # a laptop, minutes: the embedded miniature
-    torchrun --nproc_per_node=2 train.py --preset toy     # the same run on two processes (or GPUs, or machines)
-    python train.py --resume runs/toy                     # goes on where a run stopped, bit by bit
-    python train.py --help                                # every setting
+    python train.py --preset toy                                              # a laptop, minutes: the embedded miniature
+    torchrun --nproc_per_node=2 train.py --preset toy --output_dir runs/two   # the same on two processes, GPUs or machines
+    python train.py --resume runs/toy                                         # goes on where a run stopped, bit by bit
+    python train.py --help                                                    # every setting
 
 A run folder holds config.json, metrics.jsonl (docs/metrics.md), reward.png, samples/, checkpoints/ and, at the end,
 pipeline/, which opens with plain StableDiffusionPipeline.from_pretrained.
@@ -22,7 +22,7 @@ from config import DTYPES, PRESETS, Config, check
 from plumbing import processes
 from plumbing.describe import describe
 from plumbing.flags import parse
-from plumbing.pipeline import count_truncated, ddim_scheduler, encode_prompts, load_pipeline, pipeline_policy, score
+from plumbing.pipeline import count_truncated, ddim_scheduler, encode_prompts, load_pipeline, pipeline_policy, pooled, score
 from plumbing.processes import RANK, WORLD_SIZE, all_gather, all_sum_gradients, say, uninterrupted
 from plumbing.prompts import draw_prompts, load_prompts
 from plumbing.run import Run
@@ -41,7 +41,7 @@ def train(config: Config, run: Run, pipe, policy: Policy, reference: Reference, 
     """
     N, B, K = config.prompts_per_epoch, config.images_per_prompt, config.updates_per_epoch
     rows = slice(RANK * N // WORLD_SIZE * B, (RANK + 1) * N // WORLD_SIZE * B)
-    for epoch in run.epochs():
+    for epoch in run.epochs():  # from here on theta_old is what log_probs_old will remember of theta                      # 2
         drawn = draw_prompts(prompts, N, epoch, config.seed)                                                               # 3
         names = [(config.seed, epoch, n, b) for n in range(N) for b in range(B)][rows]
         texts = [drawn[n] for _, _, n, _ in names]
@@ -58,9 +58,9 @@ def train(config: Config, run: Run, pipe, policy: Policy, reference: Reference, 
             wanted = None if entries is None else entries.flatten(0, 1)[rows]
             return all_gather(lambda: log_prob_table(pi, mine, config.log_prob_batch_size, wanted)).view(N, B, -1)
 
-        # theta_old <- theta: what is remembered of it is this table. NOT IN PAPER: with K > 1 it is made again, in the batches
+        # What is remembered of theta_old is this table. NOT IN PAPER: with K > 1 it is made again, in the batches
         # of the later ones, so that rounding does not pass for a log-ratio.
-        log_probs_old = all_gather(lambda: mine.log_probs).view(N, B, -1) if K == 1 and not config.offline else table(policy)  # 2
+        log_probs_old = all_gather(lambda: mine.log_probs).view(N, B, -1) if K == 1 and not config.offline else table(policy)
         if epoch == 0:  # theta is ref: main() has started it there                                                        # 1
             log_probs_ref = log_probs_old
             run.measure_rounding(mine)
@@ -106,9 +106,9 @@ def load(config: Config, device: torch.device) -> tuple[list[str], list[str], Re
         reward = load_rewards(config.reward, config.reward_weights, device, DTYPES[config.reward_dtype])
         return prompts, eval_prompts, reward, load_pipeline(config.model, device)
     except ValueError as error:
-        raise (
-            error if config.preset == "toy" else ValueError(f"{error} -- `--preset toy` needs no GPU and no download")
-        ) from error
+        if config.preset == "toy":
+            raise
+        raise ValueError(f"{error} -- `--preset toy` needs no GPU and no download") from error
 
 
 def main(argv: list[str]) -> None:
@@ -124,8 +124,8 @@ def main(argv: list[str]) -> None:
         trained = trained_parameters(pipe)
         optimizer = torch.optim.AdamW(trained.values(), config.learning_rate, weight_decay=config.weight_decay, fused=True)
         comparator = comparators.chosen(
-            config, policy, text_width=pipe.unet.config.cross_attention_dim, mu_ref=reference_mean(policy, reference),
-            all_gather=all_gather, all_sum_gradients=all_sum_gradients,
+            config, policy, text_width=pipe.unet.config.cross_attention_dim, text_of=pooled,
+            mu_ref=reference_mean(policy, reference), all_gather=all_gather, all_sum_gradients=all_sum_gradients,
         )  # fmt: skip
         run = Run(config, pipe, policy, trained, optimizer, comparator.remembers if comparator else {}, eval_prompts, reward)
         say(describe(config, policy, prompts, count_truncated(pipe, prompts), trained))

@@ -22,7 +22,7 @@ from comparators.epoch import Epoch
 from config import Config
 from plumbing import processes
 from plumbing.flags import parse
-from plumbing.pipeline import encode_prompts, load_pipeline, pipeline_policy, score
+from plumbing.pipeline import encode_prompts, load_pipeline, pipeline_policy, pooled, score
 from plumbing.processes import say
 from plumbing.prompts import draw_prompts, load_prompts
 from plumbing.provenance import provenance
@@ -52,7 +52,7 @@ def gradients(config: Config, policy: Policy, pipe, trained: dict, epochs: int, 
     N, B = config.prompts_per_epoch, config.images_per_prompt
     reward, prompts, collected = load_rewards(config.reward, [], policy.device), load_prompts(config.prompts), []
     method = comparators.chosen(
-        config, policy, text_width=pipe.unet.config.cross_attention_dim, mu_ref=None,
+        config, policy, text_width=pipe.unet.config.cross_attention_dim, text_of=pooled, mu_ref=None,
         all_gather=processes.all_gather, all_sum_gradients=processes.all_sum_gradients,
     )  # fmt: skip
     if config.method == "dpok":
@@ -60,7 +60,8 @@ def gradients(config: Config, policy: Policy, pipe, trained: dict, epochs: int, 
     for epoch in range(WARM_UP + epochs):
         if epoch == WARM_UP and method:
             warm = copy.deepcopy({name: thing.state_dict() for name, thing in method.remembers.items()})
-            method.critic_updates = 0
+            if config.method == "dpok":
+                method.critic_updates = 0
         if epoch >= WARM_UP and method:
             for name, state in copy.deepcopy(warm).items():
                 method.remembers[name].load_state_dict(state)

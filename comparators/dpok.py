@@ -63,16 +63,18 @@ class DPOK:
     NOT IN PAPER: the released code draws from the last 1000 steps, those of about two rounds, with replacement; here it is from
     the last round, without. The critic's text is the mean of the token states.
 
-    text_width: of cond.pooled. mu_ref(x_t, i, cond): the reference's means. The collectives are those of plumbing/processes.py.
+    text_of(cond): a vector of text_width for each of its rows.
+    mu_ref(x_t, i, cond): the reference's means. The collectives are those of plumbing/processes.py.
     """
 
     CRITIC_BATCH, CRITIC_LEARNING_RATE = 256, 1e-4
 
     def __init__(
-        self, config: Config, policy: Policy, *, text_width: int, mu_ref: Callable[[Tensor, Tensor, Condition], Tensor],
+        self, config: Config, policy: Policy, *, text_width: int, text_of: Callable[[Condition], Tensor],
+        mu_ref: Callable[[Tensor, Tensor, Condition], Tensor],
         all_gather: Callable[[Callable[[], Tensor]], Tensor], all_sum_gradients: Callable[[Iterable[nn.Parameter]], None],
     ):  # fmt: skip
-        self.config, self.policy, self.mu_ref = config, policy, mu_ref
+        self.config, self.policy, self.text_of, self.mu_ref = config, policy, text_of, mu_ref
         self.all_gather, self.all_sum_gradients = all_gather, all_sum_gradients
         self.critic_updates = 5
         torch.manual_seed(config.seed)
@@ -84,7 +86,7 @@ class DPOK:
     def value(self, trajectories: Trajectories, rows: Tensor, columns: Tensor) -> Tensor:
         """V(x_t, c, t) of the entries (row, column), (n,) each, of this process's table -> (n,)."""
         x_t = trajectories.latents[rows, self.policy.schedule.noisy[columns]].to(self.policy.device, torch.float32)
-        text = trajectories.cond.pooled
+        text = self.text_of(trajectories.cond)
         text = text[rows.to(text.device)].to(self.policy.device, torch.float32)
         return self.critic(x_t, text, columns.to(self.policy.device))
 

@@ -8,7 +8,7 @@
 
 The newest is for resuming. Of older ones, those that --keep_every asks for stay, without the optimiser, for evaluate.py.
 
-Random numbers need no state: noise and prompt order are functions of (seed, epoch, ...), see sampler.py and prompts.py.
+Random numbers need no state: noise and prompt order are functions of (seed, epoch, ...), see sampler.py and plumbing/prompts.py.
 """
 
 import json

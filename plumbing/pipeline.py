@@ -34,10 +34,10 @@ class Embeddings:
     def __getitem__(self, rows: Tensor | slice) -> "Embeddings":
         return Embeddings({k: v[rows.to(v.device) if isinstance(rows, Tensor) else rows] for k, v in self.tensors.items()})
 
-    @property
-    def pooled(self) -> Tensor:
-        """One vector for each text, the mean of its token states, (M, width)."""
-        return self.tensors["encoder_hidden_states"].mean(1)
+
+def pooled(cond: Embeddings) -> Tensor:
+    """One vector for each text, the mean of its token states, (M, width)."""
+    return cond.tensors["encoder_hidden_states"].mean(1)
 
 
 @dataclass(frozen=True)

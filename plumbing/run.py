@@ -73,9 +73,10 @@ class Run:
             yield epoch
 
     def check(self, k: int, loss: Tensor, grad_norm: Tensor, recomputed: Tensor, mine: Trajectories) -> None:
-        """FloatingPointError if update k is not finite, in every process alike. At the first one, theta is still what has drawn:
+        """FloatingPointError if update k is not finite, in every process alike.
 
-        its log-probs (M, S), NaN where not computed, are compared with those of then.
+        At the first one theta is still theta_old: the log-probs (M, S) recomputed on the way, NaN where they were not, should be
+        those of sampling; the largest difference goes into the record.
         """
         if not (loss.isfinite() and grad_norm.isfinite()):
             raise FloatingPointError(f"loss {loss.item()}, gradient norm {grad_norm.item()} in epoch {self.completed + 1}")

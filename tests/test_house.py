@@ -14,10 +14,10 @@ MAY_KNOW = {  # of a file at the top, or of every file of a room; each also its 
     "rdp_loss": NOTHING,
     "config": NOTHING,
     "comparators": {"sampler", "config"},
-    "miniature": {"plumbing.provenance"},  # by the script that builds it
+    "miniature": NOTHING,
     "plumbing": {"sampler", "rdp_loss", "config", "miniature"},
     "rewards": {"plumbing", "miniature"},
-    "benchmarks": {"plumbing", "comparators", "sampler", "rdp_loss", "config", "rewards"},
+    "benchmarks": {"plumbing", "miniature", "comparators", "sampler", "rdp_loss", "config", "rewards"},
     "train": {*FIRST, *ROOMS},
     "evaluate": {*FIRST, *ROOMS},
     "reproduce": {*FIRST, *ROOMS},

@@ -17,6 +17,7 @@ from comparators.ddpo import DDPO
 from comparators.dpok import DPOK
 from comparators.epoch import Epoch, Update
 from plumbing.flags import parse
+from plumbing.pipeline import pooled
 from plumbing.processes import all_gather, all_sum_gradients
 from plumbing.trainable import reference_mean
 from sampler import REDUCTIONS, Policy, backward_through_table, gaussian, gaussian_log_prob, log_prob_table
@@ -41,7 +42,9 @@ def an_epoch(pipe, *flags) -> tuple[Epoch, object, Policy]:
 
 
 def dpok(settings, policy, mu_ref=None) -> DPOK:
-    return DPOK(settings, policy, text_width=16, mu_ref=mu_ref, all_gather=all_gather, all_sum_gradients=all_sum_gradients)
+    return DPOK(
+        settings, policy, text_width=16, text_of=pooled, mu_ref=mu_ref, all_gather=all_gather, all_sum_gradients=all_sum_gradients
+    )
 
 
 @pytest.mark.parametrize("method, flags", [(DDPO, FLAGS["ddpo"]), (D3PO, FLAGS["d3po"])])

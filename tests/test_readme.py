@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from test_house import ROOMS
 
 from benchmarks.memory import RECIPES
-from config import PRESETS
+from config import PRESETS, Config
 from miniature import world
 from plumbing.figures import TARGETS
 from plumbing.reward_models import SOURCES
@@ -73,7 +73,7 @@ def test_the_loop_from_python_runs(model_folder, capsys):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     space: dict = {}
     exec(code.replace('"toy"', repr(str(model_folder))), space)
-    assert len(code.split("\n\n")[1].splitlines()) <= 20
+    assert len(code.split("\n\n")[-1].splitlines()) <= 20
     first, *later = capsys.readouterr().out.splitlines()
     assert first.endswith("log-ratios up to 0.0e+00") and len(later) == 3
     before = load_file(model_folder / "unet" / "diffusion_pytorch_model.safetensors")
@@ -142,7 +142,7 @@ def over_seeds(values: list[float]) -> str:
     return f"{sum(values) / len(values):.3f} ({min(values):.3f}–{max(values):.3f})"
 
 
-def test_the_papers_comparisons_in_the_readme_are_the_committed_ones():
+def test_the_papers_comparisons_are_the_committed_ones():
     folder = ROOT / "results" / "reproduce"
     results = {name: json.loads((folder / f"{name}.json").read_text()) for name in TARGETS}
     section = MINIATURE.split("## The paper's comparisons")[1]
@@ -194,7 +194,12 @@ def test_the_papers_comparisons_in_the_readme_are_the_committed_ones():
 def test_presets_weights_and_recipes_are_the_codes():
     lines = STABLE_DIFFUSION.splitlines()
     for name in PRESETS.keys() - {"toy"}:
-        assert any(line.startswith(f"| `{name}`") for line in lines), name
+        (row,) = (line for line in lines if line.startswith(f"| `{name}`"))
+        *_, epochs, updates, trajectories, _, clip_range, learning_rate, _ = (cell.strip() for cell in row.split("|"))
+        c = Config(**PRESETS[name])
+        assert [int(epochs), int(updates)] == [c.epochs, c.updates_per_epoch], name
+        assert trajectories == f"{c.prompts_per_epoch} × {c.images_per_prompt}", name
+        assert [float(clip_range), float(learning_rate)] == [c.clip_range, c.learning_rate], name
     for name, source in SOURCES.items():
         row = next(line for line in lines if line.startswith(f"| `{name}`"))
         hub = source.hub if "://" not in source.hub else "christophschuhmann/improved-aesthetic-predictor"
