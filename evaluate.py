@@ -27,7 +27,7 @@ from plumbing.flags import Parser
 from plumbing.pipeline import encode_prompts, pipeline_policy, sample_images
 from plumbing.processes import RANK, WORLD_SIZE, all_gather, say
 from plumbing.prompts import draw_prompts, load_prompts
-from plumbing.scores import Model, Results, claim
+from plumbing.scores import Model, Results, claim, summarise, summary_lines
 from plumbing.trainable import open_model
 from rdp_loss import log_ratio, prediction_quality
 from rewards import Reward, RewardError, load_reward, parse_weighted
@@ -89,11 +89,11 @@ def parse(argv: list[str]) -> tuple[EvaluationConfig, list[Model]]:
     models = [Model("base", trained[0]["model"])] if trained else []
     for run, settings in zip(config.run, trained, strict=True):
         name = "tuned" if len(trained) == 1 else Path(run).name
+        folders = {checkpoint.epoch_of(folder): str(folder) for folder in checkpoint.all_checkpoints(Path(run))}
+        *earlier, last = folders or [None]  # the last one is the result
         if config.checkpoints:
-            folders = checkpoint.all_checkpoints(Path(run))
-            epochs = [(checkpoint.epoch_of(folder), str(folder)) for folder in folders]
-            models += [Model(f"{name}@{epoch}", folder, settings, epoch) for epoch, folder in epochs]
-        models.append(Model(name, run, settings))
+            models += [Model(f"{name}@{epoch}", folders[epoch], settings, epoch, checkpoint=True) for epoch in earlier]
+        models.append(Model(name, run, settings, last))
     for spec in config.models:
         name, equals, folder = spec.partition("=")
         if not equals:
@@ -181,7 +181,7 @@ def predict(
     done, file = results.read(model.name, set_name, prompts), results.prediction(model.name, set_name)
     parts = parse_weighted(model.run["reward"]) if model.run else []
     number, B = min(config.predicted, len(prompts)), min(config.images_per_prompt, 8)
-    known = parts and model.run["method"] == "prdp" and model.epoch is None and all(name in config.rewards for name, _ in parts)
+    known = parts and model.run["method"] == "prdp" and not model.checkpoint and all(name in config.rewards for name, _ in parts)
     if file.exists() or not known or B < 2 or number < 1:
         return
     pipe, rhat = opened(), []
@@ -232,8 +232,8 @@ def main(argv: list[str]) -> None:
             all_gather(score)
             processes.all_wait_for_first(compare)
         processes.all_wait_for_first(lambda: report.write(config, results, models, sets, columns(config, models), argv))
-    say((results.output / "table.md").read_text())
-    say(f"look at {results.output / 'report.html'}; all numbers are in {results.output / 'results.json'}")
+    say("\n".join(summary_lines(summarise(results, models, sets, columns(config, models)), models)))
+    say(f"Look at {results.output / 'report.html'}; the numbers with errors are in table.md and results.json beside it.")
     processes.stop()
 
 

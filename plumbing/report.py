@@ -58,7 +58,7 @@ def write(
     (output / "results.json").write_text(json.dumps(source | {"config": dataclasses.asdict(config), "results": rows}, indent=1))
     (output / "table.md").write_text(markdown_table(rows))
 
-    shown, kept = [model for model in models if model.epoch is None], [model for model in models if model.epoch is not None]
+    shown, kept = [model for model in models if not model.checkpoint], [model for model in models if model.checkpoint]
     base, last, reward = models[0].name, shown[-1].name, config.rewards[0]
     per_prompt = {(row["model"], row["prompts"]): row["per_prompt"] for row in rows if row["reward"] == reward}
     figures, cards = {}, []
@@ -71,7 +71,7 @@ def write(
             row | {"epoch": row["epoch"] or 0, "line": row["prompts"] if len(config.run) == 1 else f"{run}, {row['prompts']}"}
             for run in dict.fromkeys(model.name.rpartition("@")[0] for model in kept)
             for row in rows
-            if row["model"] == base or (row["epoch"] is not None and row["model"].rpartition("@")[0] == run)
+            if row["model"] in (base, run) or row["model"].rpartition("@")[0] == run
         ]
         plots.reward_over_epochs(lines, output / "epochs.png")
     for set_name, prompts in sets.items():
@@ -79,12 +79,12 @@ def write(
         def pictures(model: str, numbers, set_name=set_name) -> list[Path]:
             return [results.picture(model, set_name, n) for n in numbers]
 
-        file, first = quote(Path(set_name).stem, safe=""), range(min(len(prompts), 45))
+        file, first = quote(Path(set_name).stem, safe=""), range(min(len(prompts), 40))
         grid = {model.name: pictures(model.name, first) for model in shown}
-        plots.grid(grid, prompts[:45], output / f"pictures-{file}.png", across=9)
+        plots.grid(grid, prompts[:40], output / f"pictures-{file}.png", across=8)
         if kept:
             figures[f"The same noise through training, {set_name}"] = output / f"strips-{file}.png"
-            strips = {"base": pictures(base, first[:5])} | {model.name: pictures(model.name, first[:5]) for model in kept}
+            strips = {model.name: pictures(model.name, first[:5]) for model in models}
             plots.strips(strips, prompts[:5], output / f"strips-{file}.png")
         gains = [after - before for after, before in zip(per_prompt[last, set_name], per_prompt[base, set_name], strict=True)]
         lines = {model.name: results.read(model.name, set_name, prompts) for model in shown}
@@ -111,7 +111,8 @@ def write(
         models=[model.name for model in shown],
         tables=tables,
         figures=[{"title": title, "source": embedded(path)} for title, path in figures.items()],
-        sets=list(sets), cards=cards, ranking=f"in {reward} under {last}", provenance=json.dumps(source, indent=1),
+        sets=list(sets), cards=cards, ranking=f"in {reward} under {last}",
+        first_kind="random" if any(card["kind"] == "random" for card in cards) else "", provenance=json.dumps(source, indent=1),
         pixelated=results.picture(base, next(iter(sets)), 0).suffix == ".png",
     )  # fmt: skip
     unfinished = output / "report.html.unfinished"

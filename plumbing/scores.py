@@ -17,7 +17,8 @@ class Model:
     name: str
     folder: str  # or hub id
     run: dict | None = None  # the settings it was trained with, if known
-    epoch: int | None = None  # of a checkpoint
+    epoch: int | None = None  # how long it was trained, if known
+    checkpoint: bool = False  # on the way to a run's result
 
 
 class Results:
@@ -141,6 +142,18 @@ def mean_text(row: dict) -> str:
 def gain_text(row: dict) -> str:
     """The difference to the base, and the share of prompts whose mean is higher."""
     return f"{number(row['gain'], row['gain_standard_error'], '+')}, wins {100 * row['win_rate']:.0f} %"
+
+
+def summary_lines(rows: list[dict], models: list[Model]) -> list[str]:
+    """A line to read in a terminal for every set and reward and every model but the base and checkpoints."""
+    base, shown = models[0].name, {model.name for model in models[1:] if not model.checkpoint}
+    before = {(row["prompts"], row["reward"]): row["mean"] for row in rows if row["model"] == base}
+    return [
+        f"{row['prompts']}, {row['reward']}: {base} {before[row['prompts'], row['reward']]:.3f}, "
+        f"{row['model']} {row['mean']:.3f}, gain {row['gain']:+.3f}, {100 * row['win_rate']:.0f} % of prompts won"
+        for row in rows
+        if row["model"] in shown
+    ]
 
 
 def markdown_table(rows: list[dict]) -> str:

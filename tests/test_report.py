@@ -67,6 +67,7 @@ def shown(page) -> list[str]:
 
 
 def test_pictures_load_and_nothing_is_wider_than_the_screen(page):
+    page.select_option("#kind", "")
     for image in page.locator("img").all():
         image.scroll_into_view_if_needed()
     page.wait_for_function("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
@@ -76,6 +77,8 @@ def test_pictures_load_and_nothing_is_wider_than_the_screen(page):
 
 
 def test_filter_and_search(page):
+    assert len(shown(page)) == 4 and page.locator("#kind").input_value() == "random"  # not the best come first
+    page.select_option("#kind", "")
     everything = len(shown(page))
     assert everything == 12 + 3 and page.locator("#count").inner_text() == "15 of 15"
     page.select_option("#set", "toy-small")
@@ -94,7 +97,12 @@ def test_filter_and_search(page):
     assert len(shown(page)) == everything
 
 
+def test_pictures_come_before_numbers(page):
+    assert page.locator("h2").all_inner_texts()[:2] == ["Pictures", "Numbers"]
+
+
 def test_markup_in_prompts_and_names_is_text(page):
+    page.select_option("#kind", "")
     page.fill("#word", "bold")
     (text,) = shown(page)
     assert PROMPTS[1] in text
