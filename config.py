@@ -132,11 +132,11 @@ PRESETS: dict[str, dict] = {
         images_per_prompt=2, shared_x_T=True, kl_weight=0.1, clip_range=0.1, num_steps=20, learning_rate=3e-5, autocast="bf16",
     ),
     # Sampling in 5 steps of equal log-SNR (miniature/build.py) without guidance, so that an epoch takes seconds. log-probs are
-    # means over D = 256 dimensions: the large-scale epsilon of 1e-4 at D = 16384 is 1.64 nats per step, here 6.4e-3.
+    # means over D = 768 dimensions: the large-scale epsilon of 1e-4 at D = 16384 is 1.64 nats per step, here 2.13e-3.
     "toy": dict(
         model="toy", prompts="toy-train", eval_prompts="toy-heldout", reward=["toy-alignment"],
-        epochs=80, updates_per_epoch=1, prompts_per_epoch=16, images_per_prompt=8, kl_weight=0.01, clip_range=6.4e-3,
-        num_steps=5, guidance_scale=1.0, learning_rate=1e-4, sample_batch_size=64, log_prob_batch_size=64, train_batch_size=64,
+        epochs=60, updates_per_epoch=1, prompts_per_epoch=16, images_per_prompt=8, kl_weight=0.03, clip_range=2.13e-3,
+        num_steps=5, guidance_scale=1.0, learning_rate=2e-4, sample_batch_size=64, log_prob_batch_size=64, train_batch_size=64,
         keep_every=20,
     ),
 }  # fmt: skip

@@ -13,7 +13,7 @@ Letters: M trajectories of one process, T steps, S of them with noise (all, unle
 
 Units: log-probs are averaged over the D latent dimensions by default, the convention of DDPO, which the paper's epsilon (Eq. 20)
 and beta (Eq. 14) assume; `log_prob_reduction="sum"` is the log-density itself, in nats. The two differ by the factor D: 1e-4 on
-the mean is 1.64 nats for Stable Diffusion (D = 16384) and 0.0256 nats for the miniature (D = 256).
+the mean is 1.64 nats for Stable Diffusion (D = 16384) and 0.0768 nats for the miniature (D = 768).
 """
 
 import math

@@ -1,33 +1,39 @@
-"""A miniature Stable Diffusion, built from scratch on a laptop in minutes, so that the whole method can be run and seen.
+"""A miniature Stable Diffusion, built from scratch, so that the whole method can be run and seen on a laptop.
 
 It consists of the classes of Stable Diffusion v1.4 (UNet2DConditionModel with cross-attention, CLIPTextModel and
 CLIPTokenizer with a vocabulary of its own, DDIMScheduler; of diffusers' autoencoders the tiny one), is trained on the
-pictures of world.py (32x32 pixels, 8x8x4 latents) and saved as an ordinary StableDiffusionPipeline folder. Nothing else in
-this project knows that it is small.
+pictures of world.py (32x32 pixels, 8x8x12 latents) and saved as an ordinary StableDiffusionPipeline folder. Nothing else in
+this project knows that it is small. The result lies in weights/, beside this file, with its card.
 
-    python -m miniature.build     # builds it where train.py looks for it, unless it is there, and prints where
+    python -m miniature.build FOLDER     # makes it again from nothing, in about an hour and a half of one core
 """
 
-import hashlib
-import os
+import argparse
+import json
 import random
 import shutil
-import sys
-from itertools import chain
+import time
+from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, pre_tokenizers
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from miniature import world
 
-AUTOENCODER_STEPS, UNET_STEPS, BATCH = 500, 750, 64
-MISMATCHED = 0.2  # share of captions that belong to another picture, in the last third of training
+STEPS, BATCH = {"autoencoder": 1500, "unet": 8000, "decoder": 2500}, 64
+LATENT_CHANNELS = 12
+MISMATCHED = 0.45  # share of captions that belong to another picture, in the last quarter of the UNet's training
+EMA_DECAY = 0.995  # per step
+SAVE_EVERY = 100  # steps, so that an interrupted build can go on
 LOG_SNR = (3.0, -7.0)  # of the cleanest and of the noisiest timestep
 MAX_TOKENS = 20
 
@@ -60,7 +66,7 @@ def flat_scheduler() -> DDIMScheduler:
 
 
 def initial_pipeline(channels: tuple[int, int] = (32, 64), width: int = 64) -> StableDiffusionPipeline:
-    """The pipeline with random weights; 1.25 million parameters as it is, fewer for tests."""
+    """The pipeline with random weights; 1.2 million parameters as it is, fewer for tests."""
     tokenizer = word_tokenizer()
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
@@ -69,11 +75,11 @@ def initial_pipeline(channels: tuple[int, int] = (32, 64), width: int = 64) -> S
         )
     )  # fmt: skip
     vae = AutoencoderTiny(
-        encoder_block_out_channels=(16, 16, 16), num_encoder_blocks=(0, 1, 1),
-        decoder_block_out_channels=(16, 16, 16), num_decoder_blocks=(2, 1, 1),
+        encoder_block_out_channels=(32, 32, 32), num_encoder_blocks=(0, 1, 1), latent_channels=LATENT_CHANNELS,
+        decoder_block_out_channels=(32, 32, 32), num_decoder_blocks=(2, 1, 1),
     )  # fmt: skip
     unet = UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, block_out_channels=channels, layers_per_block=1,
+        sample_size=8, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS, block_out_channels=channels, layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
         cross_attention_dim=width, attention_head_dim=4, norm_num_groups=8,
         addition_embed_type="text", addition_embed_type_num_heads=4,  # the text also enters with the timestep: it learns faster
@@ -97,47 +103,73 @@ class Captions:
         return prompts, world.draw(prompts, self.rng) * 2 - 1
 
 
-def _optimise(parameters, steps: int, peak_lr: float, loss_of_batch, title: str) -> None:
-    """Adam with a one-cycle learning rate on a fresh batch per step."""
-    parameters = list(parameters)
-    optimizer = torch.optim.AdamW(parameters, lr=peak_lr, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak_lr, total_steps=steps, pct_start=0.1)
-    for _ in (bar := tqdm(range(steps), desc=title)):
-        loss = loss_of_batch()
-        optimizer.zero_grad()
+def optimise(
+    name: str, modules: list[nn.Module], steps: int, peak_lr: float, loss_of_batch: Callable[[int], Tensor], captions: Captions,
+    folder: Path,
+) -> float:  # fmt: skip
+    """AdamW with a one-cycle learning rate on a fresh batch per step; the modules end as the moving average of their weights.
+
+    loss_of_batch(step) draws the batch. The state is kept in folder/name.pt: after an interruption it goes on there. Returns the
+    seconds that all of it took.
+    """
+    together, file = nn.ModuleList(modules), folder / f"{name}.pt"
+    average = AveragedModel(together, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
+    optimiser = torch.optim.AdamW(together.parameters(), lr=peak_lr, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, peak_lr, total_steps=steps, pct_start=0.1)
+    stateful, first, seconds = {"weights": together, "average": average, "optimiser": optimiser, "schedule": schedule}, 0, 0.0
+    if file.exists():
+        state = torch.load(file, weights_only=True)
+        for key, thing in stateful.items():
+            thing.load_state_dict(state[key])
+        first, seconds = state["step"], state["seconds"]
+        torch.set_rng_state(state["noise"])
+        captions.rng.setstate(state["captions"])
+    began = time.monotonic() - seconds
+    for step in (bar := tqdm(range(first, steps), desc=name, initial=first, total=steps)):
+        loss = loss_of_batch(step)
+        optimiser.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        nn.utils.clip_grad_norm_(together.parameters(), 1.0)
+        optimiser.step()
         schedule.step()
+        average.update_parameters(together)
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
+            seconds = time.monotonic() - began
+            state = {key: thing.state_dict() for key, thing in stateful.items()} | {"step": step + 1, "seconds": seconds}
+            state |= {"noise": torch.get_rng_state(), "captions": captions.rng.getstate()}
+            torch.save(state, file.with_suffix(".unfinished"))
+            file.with_suffix(".unfinished").replace(file)
+    together.load_state_dict(average.module.state_dict())
+    return seconds
 
 
-def train_autoencoder(vae: AutoencoderTiny, captions: Captions, steps: int) -> None:
+def train_autoencoder(vae: AutoencoderTiny, captions: Captions, steps: int, folder: Path) -> float:
     """Fits the autoencoder and sets its scaling factor so that latents have unit standard deviation."""
 
-    def loss_of_batch():
+    def loss_of_batch(step: int) -> Tensor:
         _, images = captions.batch()
         latents = vae.encode(images).latents
         error = vae.decode(latents + 0.1 * torch.randn_like(latents)).sample - images
         return error.square().mean() + 0.2 * error.abs().mean() + 0.001 * latents.square().mean()
 
-    _optimise(vae.parameters(), steps, 3e-3, loss_of_batch, "autoencoder")
+    seconds = optimise("autoencoder", [vae], steps, 3e-3, loss_of_batch, captions, folder)
     with torch.no_grad():
         spread = torch.cat([vae.encode(captions.batch()[1]).latents for _ in range(8)]).std()
     vae.register_to_config(scaling_factor=1 / spread.item())
+    return seconds
 
 
-def train_unet(pipe: StableDiffusionPipeline, captions: Captions, steps: int) -> None:
+def train_unet(pipe: StableDiffusionPipeline, captions: Captions, steps: int, folder: Path) -> float:
     """Fits UNet and text encoder to v = sqrt(abar) noise - sqrt(1 - abar) x_0; one caption in ten is left out for guidance."""
-    tokenizer, scheduler = pipe.tokenizer, pipe.scheduler
+    tokenizer, scheduler = word_tokenizer(), pipe.scheduler  # the pipeline's would be saved with the padding that is asked here
 
-    mismatched = iter([0] * (2 * steps // 3) + [int(MISMATCHED * BATCH)] * steps)
-
-    def loss_of_batch():
+    def loss_of_batch(step: int) -> Tensor:
         prompts, images = captions.batch()
-        # As in pictures from the web, some captions are another picture's: the model learns to trust its prompt only so far.
-        wrong = next(mismatched)
-        prompts = prompts[1:wrong] + prompts[:1] + prompts[wrong:] if wrong else prompts
+        if step >= 3 * steps // 4:
+            # As in pictures from the web, some captions are another picture's: the model learns to trust its prompt only so far.
+            wrong = int(MISMATCHED * BATCH)
+            prompts = prompts[1:wrong] + prompts[:1] + prompts[wrong:]
         with torch.no_grad():
             x_0 = pipe.vae.encode(images).latents * pipe.vae.config.scaling_factor
         prompts = ["" if captions.rng.random() < 0.1 else prompt for prompt in prompts]
@@ -148,50 +180,64 @@ def train_unet(pipe: StableDiffusionPipeline, captions: Captions, steps: int) ->
         prediction = pipe.unet(scheduler.add_noise(x_0, noise, t), t, pipe.text_encoder(ids)[0]).sample
         return F.mse_loss(prediction, scheduler.get_velocity(x_0, noise, t))
 
-    parameters = chain(pipe.unet.parameters(), pipe.text_encoder.parameters())
-    _optimise(parameters, steps, 2e-3, loss_of_batch, "UNet and text encoder")
+    return optimise("unet", [pipe.unet, pipe.text_encoder], steps, 2e-3, loss_of_batch, captions, folder)
+
+
+def train_decoder(vae: AutoencoderTiny, captions: Captions, steps: int, folder: Path) -> float:
+    """Fits the decoder further, to the latents as they are now."""
+
+    def loss_of_batch(step: int) -> Tensor:
+        _, images = captions.batch()
+        with torch.no_grad():
+            latents = vae.encode(images).latents
+        error = vae.decode(latents + 0.05 * torch.randn_like(latents)).sample - images
+        return error.square().mean() + 0.2 * error.abs().mean()
+
+    return optimise("decoder", [vae.decoder], steps, 2e-3, loss_of_batch, captions, folder)
 
 
 def save(pipe: StableDiffusionPipeline, folder: Path) -> None:
-    """Saves the pipeline so that diffusers 0.35 with transformers 4 opens it too, with the same weights and token ids."""
+    """Saves the pipeline in fp16, opened as fp32; diffusers 0.35 with transformers 4 opens it too, with the same token ids."""
     # Of transformers 4 only this class reads tokenizer.json; for transformers 5 the name is another one of CLIPTokenizer.
     pipe.register_to_config(tokenizer=("transformers", "CLIPTokenizerFast"))
     pipe.save_pretrained(folder)
     # transformers 5 reads the keys with or without this prefix, and writes them without; transformers 4 needs it.
     weights = {f"text_model.{name}": weight for name, weight in pipe.text_encoder.state_dict().items()}
     pipe.text_encoder.save_pretrained(folder / "text_encoder", state_dict=weights)
+    # Rounded here and not with pipe.half(), after which the configs would have them opened as fp16.
+    for file in folder.glob("*/*.safetensors"):
+        save_file({name: weight.half() for name, weight in load_file(file).items()}, file, metadata={"format": "pt"})
 
 
-def build(folder: Path, seed: int = 0, autoencoder_steps: int = AUTOENCODER_STEPS, unet_steps: int = UNET_STEPS) -> None:
-    """Trains the miniature and saves it; the folder appears only when it is complete."""
+def build(folder: Path, seed: int = 0, steps: dict[str, int] = STEPS) -> None:
+    """Trains the miniature and saves it, with made.json, which says how; the folder appears only when it is complete.
+
+    An interrupted build goes on from FOLDER.state, which is removed at the end.
+    """
+    state = folder.with_name(f"{folder.name}.state")
+    state.mkdir(parents=True, exist_ok=True)
     random_state = torch.get_rng_state()
     torch.manual_seed(seed)
     pipe, captions = initial_pipeline(), Captions(seed)
-    train_autoencoder(pipe.vae, captions, autoencoder_steps)
-    train_unet(pipe, captions, unet_steps)
+    seconds = {
+        "autoencoder": train_autoencoder(pipe.vae, captions, steps["autoencoder"], state),
+        "unet": train_unet(pipe, captions, steps["unet"], state),
+    }
+    torch.manual_seed(seed + 1)
+    seconds["decoder"] = train_decoder(pipe.vae, Captions(seed + 1), steps["decoder"], state)
     torch.set_rng_state(random_state)
-    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.unfinished")
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
     save(pipe, unfinished)
+    versions = {name: version(name) for name in ("torch", "diffusers", "transformers")}
+    made = {"seed": seed, "steps": steps, "batch": BATCH, "seconds": seconds, "threads": torch.get_num_threads()} | versions
+    (unfinished / "made.json").write_text(json.dumps(made, indent=1) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
-
-
-def toy_folder() -> Path:
-    """The folder models/toy-CHECKSUM of the project: change the code that makes the miniature and it is made anew."""
-    here = Path(__file__).resolve().parent
-    code = b"".join((here / name).read_bytes() for name in ("world.py", "build.py"))
-    return here.parent / "models" / f"toy-{hashlib.sha256(code).hexdigest()[:8]}"
-
-
-def ensure() -> Path:
-    """The folder of the miniature, built now if this is the first use (about 3 minutes on 2 cores)."""
-    folder = toy_folder()
-    if not folder.exists():
-        print(f"Building the miniature Stable Diffusion in {folder} (first use only)", file=sys.stderr, flush=True)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        build(folder)
-    return folder
+    shutil.rmtree(state)
 
 
 if __name__ == "__main__":
-    print(ensure())
+    parser = argparse.ArgumentParser(prog="miniature.build", description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("folder", type=Path, help="where the pipeline goes; an interrupted build goes on from FOLDER.state")
+    build(parser.parse_args().folder)

@@ -16,6 +16,7 @@ class Target:
     draw: Callable[[dict[str, list[str]], dict, Path], None]
     checkpoints: bool = False  # evaluate those that were kept on the way as well
     pictures: bool = False  # draw the first prompts' pictures, too
+    script: str = ""  # of benchmarks, which writes the JSON file itself
 
     @property
     def variants(self) -> list[str]:
@@ -46,12 +47,13 @@ def draw_scores(panels: dict[str, list[str]], result: dict, path: Path) -> None:
 
 
 def draw_over_checkpoints(panels: dict[str, list[str]], result: dict, path: Path) -> None:
-    """The reward of the evaluation's pictures against the epoch of a checkpoint; the first is the base."""
+    """The reward of the evaluation's pictures against the epoch of a checkpoint; the first is the base, the last the result."""
     lines, epochs = {}, [0]
-    for name in result["runs"]:
+    for name, runs in result["runs"].items():
         on_the_way = [model for model in result["scores"] if model.startswith(f"{name}@")]
-        epochs = [0, *(int(model.rpartition("@")[2]) for model in on_the_way)]
-        lines[name] = list(zip(*(means(result, model, "toy-small") for model in ["base", *on_the_way]), strict=True))
+        last = len(next(iter(runs.values()))["reward_mean"])
+        epochs = [0, *(int(model.rpartition("@")[2]) for model in on_the_way), last]
+        lines[name] = list(zip(*(means(result, model, "toy-small") for model in ["base", *on_the_way, name]), strict=True))
     plots.curves({title: lines for title in panels}, "alignment", path, epochs)
 
 
@@ -71,6 +73,19 @@ def draw_signal(panels: dict[str, list[str]], result: dict, path: Path) -> None:
         for title, (value, error) in columns.items()
     }
     plots.dots(around, "± standard error", path)
+
+
+def draw_prediction(panels: dict[str, list[str]], result: dict, path: Path) -> None:
+    """Correlation and slope of every variant against epochs, and a dot for every pair of the first seed's last pictures."""
+    columns = {}
+    for name in panels[""]:
+        runs = list(result["runs"][name].values())
+        curves = {
+            what: {where: [run["curves"][where][what] for run in runs] for where in runs[0]["curves"]}
+            for what in ("correlation", "slope")
+        }
+        columns[name] = {"epochs": runs[0]["epochs"], "curves": curves, "pairs": runs[0]["last"]["held out"]}
+    plots.prediction(columns, path)
 
 
 SMALL, LARGE = "small scale", "large scale"
@@ -106,5 +121,10 @@ TARGETS = {
         {SMALL: ["PRDP", "PRDP shared x_T"], LARGE: ["PRDP large", "PRDP large shared x_T"]},
         draw_curves,
     ),
-    "variance": Target("Gradient variance", {}, draw_signal),
+    "variance": Target("Gradient variance", {}, draw_signal, script="gradient_variance"),
+    "prediction": Target(
+        "Predicted and actual reward differences",
+        {"": ["T = 5", "T = 10", "T = 20", "independent x_T", "K = 4, clipped", "every weight", "colourfulness"]},
+        draw_prediction, script="prediction",
+    ),
 }  # fmt: skip

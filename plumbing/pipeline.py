@@ -18,9 +18,8 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
+import miniature
 from config import DTYPES
-from miniature import build
-from plumbing import processes
 from plumbing.reward_models import Reward
 from sampler import Policy, Schedule, sample_trajectories
 
@@ -121,8 +120,7 @@ def pipeline_policy(pipe: DiffusionPipeline, num_steps: int, **settings) -> Poli
 def load_pipeline(name: str, device: torch.device) -> DiffusionPipeline:
     """The frozen fp32 pipeline 'toy', of a folder, or of a hub id, without its safety checker; ValueError if there is none."""
     if name == "toy":
-        processes.all_wait_for_first(build.ensure)
-        name = str(build.toy_folder())
+        name = str(miniature.WEIGHTS)
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()

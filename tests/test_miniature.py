@@ -1,13 +1,18 @@
 """The embedded world: grammar, held-out combinations, scores, and the model's making."""
 
 import collections
+import json
 import random
 
 import pytest
 import torch
+from conftest import ROOT
 from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
 
-from miniature import build, world
+from benchmarks import card
+from miniature import WEIGHTS, build, world
+from plumbing.pipeline import load_pipeline
 from plumbing.prompts import load_prompts
 
 RNG_SEED = 0
@@ -124,18 +129,113 @@ def test_every_word_is_one_token_and_every_prompt_fits():
     assert longest + 2 <= build.MAX_TOKENS
 
 
-def test_build_makes_a_stable_diffusion_folder_deterministically(tmp_path, monkeypatch):
+STEPS = {"autoencoder": 3, "unet": 4, "decoder": 2}
+
+
+def files(folder) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.safetensors")}
+
+
+def test_an_interrupted_build_goes_on_to_the_same_stable_diffusion_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "BATCH", 4)
-    for name in ("first", "second"):
-        build.build(tmp_path / name, seed=1, autoencoder_steps=2, unet_steps=2)
-    first, second = (StableDiffusionPipeline.from_pretrained(tmp_path / name) for name in ("first", "second"))
+    monkeypatch.setattr(build, "SAVE_EVERY", 1)
+    build.build(tmp_path / "whole", seed=1, steps=STEPS)
+    drawn, batch = [], build.Captions.batch
+
+    def failing(self):
+        drawn.append(self)
+        if len(drawn) == 14:  # 3 of the autoencoder, 8 of its scaling factor, the third of the UNet
+            raise KeyboardInterrupt
+        return batch(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build.Captions, "batch", failing)
+        with pytest.raises(KeyboardInterrupt):
+            build.build(tmp_path / "parts", seed=1, steps=STEPS)
+        assert not (tmp_path / "parts").exists()
+        drawn.clear()
+        build.build(tmp_path / "parts", seed=1, steps=STEPS)
+    assert len(drawn) == 8 + 2 + 2  # the autoencoder's steps and two of the UNet's were not done again
+    assert files(tmp_path / "parts").keys() == files(tmp_path / "whole").keys()
+    assert len(files(tmp_path / "whole")) == 3
+    assert all(files(tmp_path / "parts")[name] == content for name, content in files(tmp_path / "whole").items())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["parts", "whole"]  # nothing unfinished is left
+
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "whole")
+    assert pipe.vae.config.scaling_factor not in (1.0, None)
+    assert pipe.scheduler.config.prediction_type == "v_prediction"
+    made = json.loads((tmp_path / "whole" / "made.json").read_text())
+    assert made["steps"] == STEPS and made["seed"] == 1 and made["seconds"].keys() == STEPS.keys() and made["torch"]
+
+
+def test_training_ends_at_the_average_and_doubts_captions_only_late(tmp_path, monkeypatch):
+    """Of 8 steps the last two have captions of other pictures; the weights are the moving average, not the last ones."""
+    monkeypatch.setattr(build, "BATCH", 8)
+    pipe, captions, told, drawn = build.initial_pipeline(channels=(8, 16), width=16), build.Captions(0), [], []
+    tokenizer, batch = build.word_tokenizer(), captions.batch
+
+    def keeping():
+        drawn.append(batch())
+        return drawn[-1]
+
+    monkeypatch.setattr(captions, "batch", keeping)
+
+    def tell(prompts, **settings):
+        told.append(prompts)
+        return tokenizer(prompts, **settings)
+
+    monkeypatch.setattr(build, "word_tokenizer", lambda: tell)
+    build.train_unet(pipe, captions, 8, tmp_path)
+    wrong = [
+        sum(p not in ("", own) for p, own in zip(prompts, owns, strict=True))
+        for prompts, (owns, _) in zip(told, drawn, strict=True)
+    ]
+    assert wrong[:6] == [0] * 6 and all(0 < number <= round(build.MISMATCHED * 8) for number in wrong[6:])
+    state = torch.load(tmp_path / "unet.pt", weights_only=True)
+    average, last = state["average"]["module.0.conv_out.weight"], state["weights"]["0.conv_out.weight"]
+    assert torch.equal(pipe.unet.conv_out.weight, average) and not torch.equal(average, last)
+
+
+CARD = json.loads((ROOT / "results" / "miniature.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def miniature():
+    return load_pipeline("toy", torch.device("cpu"))
+
+
+def test_the_committed_weights_are_small_and_open_as_fp32(miniature):
+    assert sum(path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file()) < 4e6
     for part in ("unet", "vae", "text_encoder"):
-        a, b = (getattr(pipe, part).state_dict() for pipe in (first, second))
-        assert a and all(torch.equal(a[name], b[name]) for name in a), part
-    assert first.vae.config.scaling_factor not in (1.0, None)
-    assert first.scheduler.config.prediction_type == "v_prediction"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second"]  # nothing unfinished is left
+        (file,) = (WEIGHTS / part).glob("*.safetensors")
+        assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float16}
+        plain = getattr(StableDiffusionPipeline.from_pretrained(WEIGHTS), part)
+        assert plain.dtype == getattr(miniature, part).dtype == torch.float32
+    assert json.loads((WEIGHTS / "text_encoder" / "config.json").read_text())["dtype"] == "float32"
 
 
-def test_folder_is_named_after_the_code():
-    assert build.toy_folder().name.startswith("toy-")
+@pytest.mark.parametrize("name", card.SETS)
+def test_the_committed_weights_score_what_their_card_says(miniature, name):
+    """At fixed noise, to .005, on every machine; longer trajectories are left to the card's own script."""
+    prompts, said = card.SETS[name], CARD["figures"][name]
+    for guidance, at in said["alignment"].items():
+        w = float(guidance.split()[1])
+        for steps, value in at.items():
+            T = int(steps.split()[2])
+            if T == 5 or (w, T) == (1, 10):
+                assert card.alignment(miniature, prompts, w, T) == pytest.approx(value, abs=0.005), (guidance, steps)
+    for what, value in card.limits(miniature, prompts).items():
+        assert said[what] == pytest.approx(value, abs=0.005), what
+    base = card.pictures(miniature, prompts, 1.0, 5, each=4)
+    assert said["diversity"] == pytest.approx(card.diversity(base), abs=0.005)
+    attributes = card.by_attribute(base[:, 0], prompts)
+    assert said["attributes"] == pytest.approx(attributes, abs=0.005) and len(attributes) == 5
+
+
+def test_the_miniature_is_as_it_should_be():
+    """Its autoencoder shows what was drawn; it is half right without guidance, and best with some."""
+    for said in CARD["figures"].values():
+        assert said["autoencoder"] > 0.98 * said["drawn"]
+        assert 0.4 < said["alignment"]["guidance 1"]["T = 5"] < 0.65
+    made = json.loads((WEIGHTS / "made.json").read_text())
+    assert made["steps"] == build.STEPS and made["batch"] == build.BATCH and made["seed"] == 0

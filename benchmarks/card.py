@@ -1,0 +1,98 @@
+"""The miniature's card: what its pictures score, before any finetuning, by guidance and number of steps.
+
+    python -m benchmarks.card --output results/miniature.json     # of the committed weights, in minutes
+
+Held-out prompts, one picture each for alignment and four for diversity, at the noise of evaluate.py with seed 0.
+"""
+
+import argparse
+import json
+import random
+import sys
+from collections import defaultdict
+from pathlib import Path
+from statistics import fmean
+
+import torch
+
+from miniature import world
+from plumbing.pipeline import load_pipeline, pipeline_policy, sample_images
+from plumbing.processes import one_line_errors
+from plumbing.provenance import provenance
+from sampler import EVALUATION
+
+SETS = {"one object": world.held_out_set(False), "two objects": world.held_out_set(True)}
+GUIDANCE, STEPS = (1.0, 2.0, 3.0, 5.0), (5, 10, 50)
+
+
+def pictures(pipe, prompts: list[str], guidance_scale: float, num_steps: int, each: int = 1) -> torch.Tensor:
+    """(P, each, 3, 32, 32)."""
+    policy = pipeline_policy(pipe, num_steps, guidance_scale=guidance_scale, eta=1.0)
+    names = [(0, EVALUATION, n, b) for n in range(len(prompts)) for b in range(each)]
+    texts = [prompt for prompt in prompts for _ in range(each)]
+    return sample_images(policy, pipe, texts, names, 64).unflatten(0, (len(prompts), each))
+
+
+def alignment(pipe, prompts: list[str], guidance_scale: float, num_steps: int) -> float:
+    return world.alignment(pictures(pipe, prompts, guidance_scale, num_steps)[:, 0], prompts).mean().item()
+
+
+def by_attribute(images: torch.Tensor, prompts: list[str]) -> dict[str, float]:
+    """Mean probability of every stated attribute, those of the first and second object together."""
+    found = defaultdict(list)
+    for scores in world.attribute_scores(images, prompts):
+        for name, value in scores.items():
+            found[name.rstrip("12")].append(value)
+    return {name: fmean(values) for name, values in sorted(found.items())}
+
+
+def diversity(images: torch.Tensor) -> float:
+    """Root mean square distance of the pictures (P, B, ...) of a prompt from their mean, as evaluate.py has it."""
+    return images.double().var(1, correction=0).flatten(1).mean(1).sqrt().mean().item()
+
+
+@torch.no_grad()
+def limits(pipe, prompts: list[str]) -> dict[str, float]:
+    """What to expect at best and at worst: drawn pictures, the same through the autoencoder, and for another prompt."""
+    rng, vae = random.Random(0), pipe.vae
+    drawn = torch.stack([world.draw(prompts, rng) for _ in range(4)], 1)
+    through = (vae.decode(vae.encode(drawn[:, 0] * 2 - 1).latents).sample / 2 + 0.5).clamp(0, 1)
+    others = [prompts[n] for n in torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0))]
+    return {
+        "drawn": world.alignment(drawn[:, 0], prompts).mean().item(),
+        "autoencoder": world.alignment(through, prompts).mean().item(),
+        "chance": world.alignment(drawn[:, 0], others).mean().item(),
+        "diversity of drawn pictures": diversity(drawn),
+    }
+
+
+def figures(pipe, guidance_scales: tuple[float, ...] = GUIDANCE, num_steps: tuple[int, ...] = STEPS) -> dict:
+    """Of each set; attributes and diversity are those at guidance 1 and T = 5, where finetuning begins."""
+    result = {}
+    for name, prompts in SETS.items():
+        base = pictures(pipe, prompts, 1.0, 5, each=4)
+        table = {f"guidance {w:g}": {f"T = {T}": alignment(pipe, prompts, w, T) for T in num_steps} for w in guidance_scales}
+        result[name] = limits(pipe, prompts) | {
+            "attributes": by_attribute(base[:, 0], prompts), "diversity": diversity(base), "alignment": table
+        }  # fmt: skip
+    return result
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks.card", description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--model", default="toy", help="the committed miniature, or a folder like it")
+    parser.add_argument("--num_steps", type=int, nargs="+", default=STEPS, help="T")
+    parser.add_argument("--output", type=Path, help="a JSON file; otherwise it is printed")
+    arguments = parser.parse_args(argv)
+    with one_line_errors(ValueError, OSError):
+        found = figures(load_pipeline(arguments.model, torch.device("cpu")), num_steps=tuple(arguments.num_steps))
+        how = {"threads": torch.get_num_threads(), "instructions": torch.backends.cpu.get_cpu_capability()}
+        text = json.dumps(provenance("-m benchmarks.card", argv) | how | {"figures": found}, indent=1) + "\n"
+        if arguments.output:
+            arguments.output.write_text(text)
+        else:
+            print(text)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,165 @@
+"""How well PRDP's runs predict reward differences, and how well a Gaussian step can.
+
+    python -m benchmarks.prediction --output prediction.json --runs "T = 5=runs/a" "T = 20=runs/b"      # of any seeds
+
+Of every run and every checkpoint it kept: predicted (beta log pi_theta/pi_ref) against actual reward of fresh trajectories, of
+prompts that it was trained on and of held-out ones (Eq. 13). For every T in the runs: the share of the reward's variance that
+steps with a Gaussian's freedom can predict at all.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from config import Config
+from plumbing import checkpoint, processes
+from plumbing.pipeline import encode_prompts, load_pipeline, pipeline_policy, score
+from plumbing.prompts import draw_prompts, load_prompts
+from plumbing.provenance import provenance
+from plumbing.trainable import open_model
+from rdp_loss import log_ratio, prediction_quality
+from rewards import Reward, load_rewards
+from sampler import EVALUATION, Policy, gaussian, log_prob_table, sample_trajectories
+
+PROMPTS, PICTURES = 16, 16  # of every set, fresh
+CPU = torch.device("cpu")
+
+
+def policy_of(pipe, config: Config) -> Policy:
+    return pipeline_policy(
+        pipe, config.num_steps, guidance_scale=config.guidance_scale, eta=config.eta, log_prob_reduction=config.log_prob_reduction
+    )
+
+
+def predicted_and_actual(model, base, config: Config, prompts: list[str], reward: Reward) -> tuple[Tensor, Tensor]:
+    """log pi_theta/pi_ref and reward of fresh trajectories that the model draws, both (N, B)."""
+    policy, texts = policy_of(model, config), [prompt for prompt in prompts for _ in range(PICTURES)]
+    names = [(config.seed, EVALUATION, n, b) for n in range(len(prompts)) for b in range(PICTURES)]
+    drawn = sample_trajectories(policy, encode_prompts(model, texts), names, 64, shared_x_T=config.shared_x_T)
+    log_probs_ref = drawn.log_probs if model is base else log_prob_table(policy_of(base, config), drawn, 64)
+    rhat = log_ratio(drawn.log_probs, log_probs_ref, config.step_reduction)
+    return rhat.view(-1, PICTURES), score(model, drawn.x_0, texts, reward, 64).view(-1, PICTURES).double()
+
+
+def read_config(run: Path) -> Config:
+    try:
+        return Config(**json.loads((run / "config.json").read_text()))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{run} is no run folder of train.py: {error}") from error
+
+
+def measure(run: Path, config: Config) -> dict:
+    """Of each set of prompts correlation, slope, KL and reward by epoch, and what was predicted for the last one's pictures.
+
+    These are relative to the mean of their prompt: only differences mean something.
+    """
+    reward, base = load_rewards(config.reward, config.reward_weights, CPU), load_pipeline(config.model, CPU)
+    folders = {checkpoint.epoch_of(folder): str(folder) for folder in checkpoint.all_checkpoints(run)}
+    sets = {
+        "seen": draw_prompts(load_prompts(config.prompts), PROMPTS, 0, config.seed),
+        "held out": load_prompts(config.eval_prompts)[:PROMPTS],
+    }
+    result = {name: {"correlation": [], "slope": [], "kl_nats": [], "reward": []} for name in sets}
+    for epoch in tqdm([0, *folders], desc=run.name):
+        last: dict[str, dict] = {}
+        model = open_model(folders[epoch], config.model, CPU) if epoch else base
+        for name, prompts in sets.items():
+            rhat, rewards = predicted_and_actual(model, base, config, prompts, reward)
+            values = *prediction_quality(rhat, rewards, config.kl_weight), rhat.mean().item(), rewards.mean().item()
+            for row, value in zip(result[name].values(), values, strict=True):
+                row.append(round(value, 4))
+            for title, x in (("predicted", config.kl_weight * rhat), ("actual", rewards)):
+                last.setdefault(name, {})[title] = [[round(v, 4) for v in row] for row in (x - x.mean(1, keepdim=True)).tolist()]
+    return {"T": config.num_steps, "epochs": [0, *folders], "curves": result, "last": last}
+
+
+@torch.no_grad()
+def gaussian_share(policy: Policy, cond, reward_of, branches: int, seed: int) -> tuple[Tensor, Tensor]:
+    """What the steps of one trajectory decide of the reward, and what a Gaussian can predict of that.
+
+    From every x_t of the trajectory many go on. Returns (S,) estimates of Var(r | x_t), and of |E[r z | x_t]|^2, where z is the
+    noise of the step. Let M_t = E[r | x_t]. To first order in 1/beta, the optimum of Eq. 7 has the log-ratio
+    (M_{t-1} - M_t) / beta in a step, any function of z. A Gaussian of which only the mean can move has u(x_t) . z, and the best u
+    is E[r z | x_t] / beta. So of the variance of the reward from one x_T it predicts at most
+    sum_t E|E[r z | x_t]|^2 / E Var(r | x_T): this is the best slope, and its root the best correlation.
+
+    cond: a condition of `branches` equal rows; reward_of: x_0 (M, C, H, W) -> (M,).
+    """
+    schedule, generator = policy.schedule, torch.Generator().manual_seed(seed)
+    noisy, steps = set(schedule.noisy.tolist()), range(len(schedule.timesteps))
+
+    def noise(number: int) -> Tensor:
+        return torch.randn(number, *policy.latent_shape, generator=generator, dtype=policy.dtype)
+
+    x_t, variances, explained = noise(1), [], []
+    for i in steps:
+        mu, sigma = gaussian(policy, x_t, torch.tensor([i]), cond[:1])
+        if i in noisy:
+            z = noise(branches)
+            x = mu + sigma * z
+            for j in steps[i + 1 :]:
+                mu_j, sigma_j = gaussian(policy, x, torch.full((branches,), j), cond)
+                x = mu_j + sigma_j * noise(branches) if j in noisy else mu_j
+            r = reward_of(x).double()
+            products = (r - r.mean())[:, None] * z.flatten(1).double()
+            # Over pairs of different branches, whose noises are independent: its expectation has no variance in it.
+            explained.append((products.sum(0).square().sum() - products.square().sum()) / (branches * (branches - 1)))
+            variances.append(r.var())
+        x_t = mu + sigma * noise(1)
+    return torch.stack(variances), torch.stack(explained)
+
+
+def ceiling(config: Config, states: int, branches: int) -> dict:
+    """gaussian_share over trajectories of held-out prompts by the base, from one x_T; errors are standard errors over them."""
+    pipe, reward = load_pipeline(config.model, CPU), load_rewards(config.reward, config.reward_weights, CPU)
+    policy = policy_of(pipe, config)
+    found = []
+    for n, prompt in enumerate(tqdm(load_prompts(config.eval_prompts)[:states], desc=f"ceiling, T = {config.num_steps}")):
+        texts = [prompt] * branches
+        found.append(
+            gaussian_share(policy, encode_prompts(pipe, texts), lambda x_0, t=texts: score(pipe, x_0, t, reward, 64), branches, n)
+        )
+    variances, explained = (torch.stack(values) for values in zip(*found, strict=True))
+    total = variances[:, 0].mean()
+    left = torch.cat([variances.mean(0) / total, torch.zeros(1)])
+    share = explained.sum(1) / total
+    return {
+        "variance": total.item(), "share": share.mean().item(),
+        "standard_error": (share.std() / len(share) ** 0.5).item(),
+        "decided_by_step": (left[:-1] - left[1:]).tolist(), "predicted_by_step": (explained.mean(0) / total).tolist(),
+    }  # fmt: skip
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks.prediction", description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument(
+        "--runs",
+        nargs="+",
+        required=True,
+        metavar="NAME=FOLDER",
+        help="of train.py, with --keep_every; a name may come again with another seed",
+    )
+    parser.add_argument("--states", type=int, default=24, help="trajectories of the ceiling")
+    parser.add_argument("--branches", type=int, default=192, help="that go on from each of their latents")
+    parser.add_argument("--output", type=Path, required=True, help="a JSON file")
+    options = parser.parse_args(argv)
+    with processes.one_line_errors(ValueError, OSError):
+        measured, ceilings = {}, {}
+        for spec in options.runs:
+            name, _, folder = spec.rpartition("=")
+            config = read_config(Path(folder))
+            measured.setdefault(name, {})[config.seed] = measure(Path(folder), config)
+            if config.num_steps not in ceilings:
+                ceilings[config.num_steps] = ceiling(config, options.states, options.branches)
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        result = provenance("-m benchmarks.prediction", argv) | {"runs": measured, "ceilings": ceilings}
+        options.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
