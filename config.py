@@ -135,7 +135,7 @@ PRESETS: dict[str, dict] = {
     # means over D = 768 dimensions: the large-scale epsilon of 1e-4 at D = 16384 is 1.64 nats per step, here 2.13e-3.
     "toy": dict(
         model="toy", prompts="toy-train", eval_prompts="toy-heldout", reward=["toy-alignment"],
-        epochs=60, updates_per_epoch=1, prompts_per_epoch=16, images_per_prompt=8, kl_weight=0.03, clip_range=2.13e-3,
+        epochs=40, updates_per_epoch=1, prompts_per_epoch=16, images_per_prompt=8, kl_weight=0.03, clip_range=2.13e-3,
         num_steps=5, guidance_scale=1.0, learning_rate=2e-4, sample_batch_size=64, log_prob_batch_size=64, train_batch_size=64,
         keep_every=20,
     ),

@@ -40,9 +40,9 @@ SCALES = {
     "large": "--preset toy --prompts toy-train --prompts_per_epoch 8 --images_per_prompt 8 --save_every 5 --keep_every 0",
     # Where the optimum is within reach: in nats, beta a tenth of the reward's range, and adapters, learned with less noise
     "prediction": "--preset toy --prompts toy-small --prompts_per_epoch 8 --images_per_prompt 16 --lora_rank 8 "
-    "--log_prob_reduction sum --step_reduction sum --kl_weight 0.1 --save_every 20 --keep_every 20",
+    "--log_prob_reduction sum --step_reduction sum --kl_weight 0.1 --save_every 15 --keep_every 15",
 }
-EPOCHS = {"small": 32, "large": 60, "prediction": 100}
+EPOCHS = {"small": 32, "large": 60, "prediction": 45}
 EVALUATIONS = {
     "small": "--prompts toy-small --images_per_prompt 16",
     "large": "--prompts toy-train:128 toy-heldout-one toy-heldout-two --images_per_prompt 4",
@@ -87,10 +87,12 @@ VARIANTS: dict[str, tuple[str, str, str]] = {  # name: method, scale and what is
     "PRDP beta 10": ("prdp", "small", f"{COLOUR} 10"),
     "T = 5": ("prdp", "prediction", ""),
     "T = 10": ("prdp", "prediction", "--num_steps 10"),
-    "T = 20": ("prdp", "prediction", "--num_steps 20"),
+    "T = 20": ("prdp", "prediction", "--num_steps 20 --epochs 30"),
     "independent x_T": ("prdp", "prediction", "--shared_x_T False"),
-    "K = 4, clipped": ("prdp", "prediction", "--updates_per_epoch 4 --clip_range 0.3"),
+    "K = 4, clipped": ("prdp", "prediction", "--updates_per_epoch 4 --clip_range 0.3 --epochs 15"),
+    "four times the pictures": ("prdp", "prediction", "--images_per_prompt 64 --epochs 30"),
     "every weight": ("prdp", "prediction", "--lora_rank 0 --learning_rate 5e-5"),
+    "beta 1e-5, every weight": ("prdp", "prediction", "--kl_weight 1e-5 --lora_rank 0 --learning_rate 2e-4"),
     "colourfulness": ("prdp", "prediction", "--reward toy-colourfulness"),
     "DDPO colour": ("ddpo", "small", "--reward toy-colourfulness"),
 }

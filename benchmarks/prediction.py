@@ -27,6 +27,7 @@ from rewards import Reward, load_rewards
 from sampler import EVALUATION, Policy, gaussian, log_prob_table, sample_trajectories
 
 PROMPTS, PICTURES = 16, 16  # of every set, fresh
+HELD_OUT = "toy-heldout"
 CPU = torch.device("cpu")
 
 
@@ -54,7 +55,7 @@ def read_config(run: Path) -> Config:
 
 
 def measure(run: Path, config: Config) -> dict:
-    """Of each set of prompts correlation, slope, KL and reward by epoch, and what was predicted for the last one's pictures.
+    """Of each set of prompts correlation, slope and more by epoch, and what was predicted for the last one's pictures.
 
     These are relative to the mean of their prompt: only differences mean something.
     """
@@ -62,19 +63,24 @@ def measure(run: Path, config: Config) -> dict:
     folders = {checkpoint.epoch_of(folder): str(folder) for folder in checkpoint.all_checkpoints(run)}
     sets = {
         "seen": draw_prompts(load_prompts(config.prompts), PROMPTS, 0, config.seed),
-        "held out": load_prompts(config.eval_prompts)[:PROMPTS],
+        "held out": load_prompts(HELD_OUT)[:PROMPTS],
     }
-    result = {name: {"correlation": [], "slope": [], "kl_nats": [], "reward": []} for name in sets}
+    result = {name: {"correlation": [], "slope": [], "kl_nats": [], "reward": [], "variance": []} for name in sets}
     for epoch in tqdm([0, *folders], desc=run.name):
         last: dict[str, dict] = {}
         model = open_model(folders[epoch], config.model, CPU) if epoch else base
         for name, prompts in sets.items():
             rhat, rewards = predicted_and_actual(model, base, config, prompts, reward)
-            values = *prediction_quality(rhat, rewards, config.kl_weight), rhat.mean().item(), rewards.mean().item()
+            values = (
+                *prediction_quality(rhat, rewards, config.kl_weight),
+                rhat.mean().item(),
+                rewards.mean().item(),
+                rewards.var(1).mean().item(),
+            )
             for row, value in zip(result[name].values(), values, strict=True):
-                row.append(round(value, 4))
+                row.append(round(value, 6))
             for title, x in (("predicted", config.kl_weight * rhat), ("actual", rewards)):
-                last.setdefault(name, {})[title] = [[round(v, 4) for v in row] for row in (x - x.mean(1, keepdim=True)).tolist()]
+                last.setdefault(name, {})[title] = [[round(v, 6) for v in row] for row in (x - x.mean(1, keepdim=True)).tolist()]
     return {"T": config.num_steps, "epochs": [0, *folders], "curves": result, "last": last}
 
 
@@ -119,7 +125,7 @@ def ceiling(config: Config, states: int, branches: int) -> dict:
     pipe, reward = load_pipeline(config.model, CPU), load_rewards(config.reward, config.reward_weights, CPU)
     policy = policy_of(pipe, config)
     found = []
-    for n, prompt in enumerate(tqdm(load_prompts(config.eval_prompts)[:states], desc=f"ceiling, T = {config.num_steps}")):
+    for n, prompt in enumerate(tqdm(load_prompts(HELD_OUT)[:states], desc=f"ceiling, T = {config.num_steps}")):
         texts = [prompt] * branches
         found.append(
             gaussian_share(policy, encode_prompts(pipe, texts), lambda x_0, t=texts: score(pipe, x_0, t, reward, 64), branches, n)
@@ -144,7 +150,7 @@ def main(argv: list[str]) -> None:
         metavar="NAME=FOLDER",
         help="of train.py, with --keep_every; a name may come again with another seed",
     )
-    parser.add_argument("--states", type=int, default=24, help="trajectories of the ceiling")
+    parser.add_argument("--states", type=int, default=16, help="trajectories of the ceiling")
     parser.add_argument("--branches", type=int, default=192, help="that go on from each of their latents")
     parser.add_argument("--output", type=Path, required=True, help="a JSON file")
     options = parser.parse_args(argv)
@@ -154,8 +160,9 @@ def main(argv: list[str]) -> None:
             name, _, folder = spec.rpartition("=")
             config = read_config(Path(folder))
             measured.setdefault(name, {})[config.seed] = measure(Path(folder), config)
-            if config.num_steps not in ceilings:
-                ceilings[config.num_steps] = ceiling(config, options.states, options.branches)
+            of = f"{', '.join(config.reward)}, T = {config.num_steps}"
+            if of not in ceilings:
+                ceilings[of] = ceiling(config, options.states, options.branches)
         options.output.parent.mkdir(parents=True, exist_ok=True)
         result = provenance("-m benchmarks.prediction", argv) | {"runs": measured, "ceilings": ceilings}
         options.output.write_text(json.dumps(result, indent=1) + "\n")

@@ -5,7 +5,7 @@ CLIPTokenizer with a vocabulary of its own, DDIMScheduler; of diffusers' autoenc
 pictures of world.py (32x32 pixels, 8x8x12 latents) and saved as an ordinary StableDiffusionPipeline folder. Nothing else in
 this project knows that it is small. The result lies in weights/, beside this file, with its card.
 
-    python -m miniature.build FOLDER     # makes it again from nothing, in about an hour and a half of one core
+    python -m miniature.build FOLDER     # makes it again from nothing, in about an hour of one core
 """
 
 import argparse
@@ -31,7 +31,7 @@ from miniature import world
 
 STEPS, BATCH = {"autoencoder": 1500, "unet": 8000, "decoder": 2500}, 64
 LATENT_CHANNELS = 12
-MISMATCHED = 0.45  # share of captions that belong to another picture, in the last quarter of the UNet's training
+MISMATCHED = 0.45  # share of captions (rounded down) that belong to another picture, in the last quarter of the UNet's training
 EMA_DECAY = 0.995  # per step
 SAVE_EVERY = 100  # steps, so that an interrupted build can go on
 LOG_SNR = (3.0, -7.0)  # of the cleanest and of the noisiest timestep

@@ -124,7 +124,12 @@ TARGETS = {
     "variance": Target("Gradient variance", {}, draw_signal, script="gradient_variance"),
     "prediction": Target(
         "Predicted and actual reward differences",
-        {"": ["T = 5", "T = 10", "T = 20", "independent x_T", "K = 4, clipped", "every weight", "colourfulness"]},
+        {
+            "": [
+                "T = 5", "T = 10", "T = 20", "independent x_T", "K = 4, clipped", "four times the pictures", "every weight",
+                "beta 1e-5, every weight", "colourfulness",
+            ]
+        },
         draw_prediction, script="prediction",
     ),
 }  # fmt: skip

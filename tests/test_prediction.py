@@ -58,7 +58,7 @@ def runs(model_folder, tmp_path_factory):
     """The same run with two seeds."""
     folder = tmp_path_factory.mktemp("prediction")
     flags = (
-        "--preset toy --prompts toy-small --eval_prompts toy-heldout-one --epochs 2 --save_every 1 --keep_every 1 --num_steps 3 "
+        "--preset toy --prompts toy-small --eval_prompts= --epochs 2 --save_every 1 --keep_every 1 --num_steps 3 "
         "--prompts_per_epoch 2 --images_per_prompt 2 --learning_rate 1e-3 --log_prob_reduction sum --step_reduction sum "
         "--kl_weight 0.1 --shared_x_T --reward toy-colourfulness"
     ).split()
@@ -74,8 +74,8 @@ def test_curves_and_pairs_of_runs(runs, model_folder, tmp_path, monkeypatch):
     prediction.main(["--output", str(output), "--states", "3", "--branches", "4", "--runs", f"a={runs}/0", f"a={runs}/1"])
     result = json.loads(output.read_text())
     assert result["versions"]["torch"] and list(result["runs"]) == ["a"] and list(result["runs"]["a"]) == ["0", "1"]
-    assert list(result["ceilings"]) == ["3"]
-    ceiling = result["ceilings"]["3"]
+    ((title, ceiling),) = result["ceilings"].items()
+    assert title == "toy-colourfulness, T = 3"
     assert sum(ceiling["decided_by_step"]) == pytest.approx(1) and sum(ceiling["predicted_by_step"]) == pytest.approx(
         ceiling["share"]
     )
@@ -88,7 +88,7 @@ def test_curves_and_pairs_of_runs(runs, model_folder, tmp_path, monkeypatch):
     policy = make_policy(model, 3, 1.0, log_prob_reduction="sum")
     for where, prompts in (
         ("seen", draw_prompts(load_prompts("toy-small"), 3, 0, 1)),
-        ("held out", load_prompts("toy-heldout-one")),
+        ("held out", load_prompts("toy-heldout")),
     ):
         rhat, rewards = torch.zeros(3, 4), torch.zeros(3, 4)
         for n in range(3):
@@ -99,6 +99,7 @@ def test_curves_and_pairs_of_runs(runs, model_folder, tmp_path, monkeypatch):
         curves = of["curves"][where]
         assert curves["correlation"][0] == curves["slope"][0] == curves["kl_nats"][0] == 0
         assert (curves["correlation"][2], curves["slope"][2]) == pytest.approx(prediction_quality(rhat, rewards, 0.1), abs=2e-3)
+        assert curves["variance"][2] == pytest.approx(rewards.var(1).mean().item(), abs=1e-3)
         assert curves["reward"][2] == pytest.approx(rewards.mean().item(), abs=1e-3)
         assert curves["kl_nats"][2] == pytest.approx(rhat.mean().item(), abs=1e-3)
         for title, values in (("predicted", 0.1 * rhat), ("actual", rewards)):

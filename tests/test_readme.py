@@ -4,6 +4,7 @@ import ast
 import json
 import re
 
+import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
@@ -11,7 +12,7 @@ from test_house import ROOMS
 
 from benchmarks.memory import RECIPES
 from config import PRESETS, Config
-from miniature import world
+from miniature import WEIGHTS, build, world
 from plumbing.figures import TARGETS
 from plumbing.reward_models import SOURCES
 
@@ -48,10 +49,8 @@ def test_links_lead_somewhere():
             places = (ROOT, ROOT / "results", page.parent)
             generated = file in (
                 "mine.py",
-                "benchmark.py",
                 "memory.py",
                 "gradient_variance.py",
-                "toy_model.py",
                 "config.json",
                 "results.json",
                 "train.json",
@@ -94,47 +93,98 @@ def test_departures_are_marked_and_listed():
     assert {file for file, _ in marked} == set(re.findall(r"^- `([\w/.]+)`", listed, re.MULTILINE))
 
 
+def tables(*pages: str) -> dict[str, list[str]]:
+    """{first cell: the others} of every row of the pages' tables."""
+    rows = [line.split("|")[1:-1] for page in pages for line in page.splitlines() if line.startswith("|")]
+    return {first.strip(): [cell.strip() for cell in rest] for first, *rest in rows}
+
+
+def result(*path: str) -> dict:
+    made = json.loads(ROOT.joinpath("results", *path).read_text())
+    assert made["versions"]["torch"] and made["machine"]["cpu_cores"] and made["command"]
+    return made
+
+
+ONE, TWO = ("toy-heldout-one", "one object"), ("toy-heldout-two", "two objects")
+
+
 def test_results_in_the_readme_are_the_committed_ones():
-    limits = json.loads((ROOT / "results" / "toy-limits.json").read_text())["heldout_alignment"]
-    assert f"({limits['autoencoder']:.3f})" in MINIATURE and f"Chance is {limits['chance']:.3f}" in MINIATURE
-    rows = {
-        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
-        for line in (README + MINIATURE).splitlines()
-        if "|" in line
-    }
+    rows, base, gains = tables(README, MINIATURE), result("miniature.json")["figures"], {}
     for seed in range(3):
-        folder = ROOT / "results" / f"toy-seed{seed}"
-        result = json.loads((folder / "results.json").read_text())
-        assert result["versions"]["torch"] and result["machine"]["cpu_cores"] and result["command"]
-        scores = {(r["model"], r["prompts"], r["reward"]): r for r in result["results"]}
-        one, two = ("toy-heldout-one", "one object"), ("toy-heldout-two", "two objects")
-        for prompts, title in (one, two):
-            for model, when in (("base", "before"), ("tuned", "after")):
-                row = scores[model, prompts, "toy-alignment"]
-                assert rows[f"{title}, {when}"][seed] == f"{row['mean']:.3f} ± {row['standard_error']:.3f}"
-        both = [[scores[model, prompts, "toy-alignment"] for prompts, _ in (one, two)] for model in ("base", "tuned")]
-        before, after = (sum(row["mean"] for row in rows_of) / 2 for rows_of in both)
-        closed = (after - before) / (limits["autoencoder"] - before)
-        assert closed > 0.25
-        title = f"of the distance to what the autoencoder can show ({limits['autoencoder']:.3f}) closed"
-        assert rows[title][seed] == f"{100 * closed:.0f} %"
-        won = ", ".join(f"{100 * row['win_rate']:.0f} %" for row in both[1])
+        scores = {}
+        for kind, how in (("toy", ""), ("guided", " at guidance 3")):
+            found = result(f"{kind}-seed{seed}", "results.json")["results"]
+            scores[kind] = {(r["model"], r["prompts"], r["reward"]): r for r in found}
+            for prompts, title in (ONE, TWO):
+                for model, when in (("base", "before"), ("tuned", "after")):
+                    row = scores[kind][model, prompts, "toy-alignment"]
+                    assert rows[f"{title}{how}, {when}"][seed] == f"{row['mean']:.3f} ± {row['standard_error']:.3f}"
+        for prompts, title in (ONE, TWO):
+            before, after = (scores["toy"][model, prompts, "toy-alignment"]["mean"] for model in ("base", "tuned"))
+            guided = [scores["guided"][model, prompts, "toy-alignment"]["mean"] for model in ("base", "tuned")]
+            for what, gain in (("same", after - before), ("best", after - guided[0]), ("guided", guided[1] - guided[0])):
+                gains.setdefault((what, title), []).append(gain)
+            assert after - before >= 0.2
+        won = ", ".join(f"{100 * scores['toy']['tuned', p, 'toy-alignment']['win_rate']:.0f} %" for p, _ in (ONE, TWO))
         assert rows["prompts won by the finetuned model, one and two objects"][seed] == won
-        for what, reward, key in (("colourfulness (never trained)", "toy-colourfulness", "mean"),
-                                  ("diversity within a prompt", "toy-alignment", "diversity")):  # fmt: skip
-            numbers = " → ".join(f"{scores[model, two[0], reward][key]:.3f}" for model in ("base", "tuned"))
-            assert rows[f"two objects, {what} before → after"][seed] == numbers
-        for reward in ("toy-alignment", "toy-colourfulness"):
-            small = [scores[model, "toy-small", reward]["mean"] for model in ("base", "tuned")]
-            assert f"{small[0]:.3f} to {small[1]:.3f}" in MINIATURE.replace("\n", " ")
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for prompts, title, reward in (
+            ("toy-small", "45 training prompts, alignment", "toy-alignment"),
+            *((p, f"{kind}, colourfulness (never trained)", "toy-colourfulness") for p, kind in (ONE, TWO)),
+        ):
+            numbers = " → ".join(f"{scores['toy'][model, prompts, reward]['mean']:.3f}" for model in ("base", "tuned"))
+            assert rows[f"{title} before → after"][seed] == numbers
+        card = result(f"toy-seed{seed}", "card.json")["figures"]
+        for title, said in base.items():
+            for name, value in said["attributes"].items():
+                assert rows[f"{title}, {name}"][seed] == f"{value:.3f} → {card[title]['attributes'][name]:.3f}"
+            name = f"{title}, diversity within a prompt (drawn pictures: {said['diversity of drawn pictures']:.3f})"
+            assert rows[name][seed] == f"{said['diversity']:.3f} → {card[title]['diversity']:.3f}"
+        lines = [json.loads(line) for line in (ROOT / "results" / f"toy-seed{seed}" / "metrics.jsonl").read_text().splitlines()]
         seconds = sum(sum(line["seconds"].values()) for line in lines[1:])
-        assert rows["seconds of finetuning on 2 CPU cores, with evaluation"][seed] == f"{seconds:.0f}" and seconds < 240
-    rows = json.loads((ROOT / "results" / "benchmark.json").read_text())["results"]
+        assert rows["seconds of finetuning on 2 CPU cores, with evaluation"][seed] == f"{seconds:.0f}" and seconds < 180
+    for what, where in (
+        ("same", "Over the base at the same guidance"),
+        ("best", "over the base at guidance 3, its best,"),
+        ("guided", "finetuning that starts from guidance 3"),
+    ):
+        one, two = (gains[what, title] for _, title in (ONE, TWO))
+        text = f"{where} gains {min(one):.3f} to {max(one):.3f} for one object and {min(two):.3f} to {max(two):.3f} for two"
+        assert text in README.replace("\n", " "), text
+    rows = result("benchmark.json")["results"]
     seconds = " and ".join(f"{row['seconds_per_epoch']:.3g}" for row in rows)
     assert f"an epoch of {seconds} seconds on 2 CPU cores" in README.replace("\n", " ")
     least, most = (row["peak_memory_gib"] for row in rows)
     assert f"{least:.3f} GiB" in README and f"{most:.3f} GiB" in README and most < 1.05 * least
+
+
+def test_the_miniatures_card_is_what_was_measured():
+    page, rows = (WEIGHTS / "README.md").read_text(encoding="utf-8"), tables((WEIGHTS / "README.md").read_text(encoding="utf-8"))
+    sets = list(result("miniature.json")["figures"].values())
+    names = {
+        "drawn": "alignment, drawn pictures",
+        "autoencoder": "alignment, drawn pictures through the autoencoder",
+        "chance": "alignment, drawn pictures of other prompts",
+        "diversity": "diversity within a prompt, guidance 1, T = 5",
+        "diversity of drawn pictures": "diversity within a prompt, drawn pictures",
+    }
+    for column, said in enumerate(sets):
+        for name, title in names.items():
+            assert rows[title][column] == f"{said[name]:.3f}"
+        for name, value in said["attributes"].items():
+            assert rows[f"{name}, guidance 1, T = 5"][column] == f"{value:.3f}"
+        for guidance, by_steps in said["alignment"].items():
+            assert rows[f"alignment, {guidance}, T = 5, 10, 50"][column] == ", ".join(f"{v:.3f}" for v in by_steps.values())
+    best = max(sets[0]["alignment"], key=lambda guidance: sum(said["alignment"][guidance]["T = 5"] for said in sets))
+    assert best == "guidance 3" and "GUIDED := --guidance_scale 3" in (ROOT / "Makefile").read_text()
+    made = json.loads((WEIGHTS / "made.json").read_text())
+    for value in (*made["steps"].values(), *(f"{s:.0f}" for s in made["seconds"].values()), made["torch"], made["transformers"]):
+        assert str(value) in page
+    assert f"{int(build.MISMATCHED * build.BATCH)} of {build.BATCH} captions" in page
+    for other, limit in (("miniature-one-thread.json", 0), ("miniature-no-avx.json", 1e-6)):
+        for said, found in zip(sets, result(other)["figures"].values(), strict=True):
+            assert found["attributes"] == pytest.approx(said["attributes"], abs=limit, rel=0)
+            for guidance, by_steps in found["alignment"].items():
+                assert by_steps["T = 5"] == pytest.approx(said["alignment"][guidance]["T = 5"], abs=limit, rel=0)
 
 
 def over_seeds(values: list[float]) -> str:
