@@ -34,10 +34,11 @@ results: .venv/installed
 			run=runs/$$name-seed$$seed; \
 			$(BIN)/python train.py --preset toy --seed $$seed --output_dir $$run $$(test $$name = toy || echo $(GUIDED)) && \
 			$(BIN)/python evaluate.py --run $$run --seed $$seed $(EVALUATE) && \
-			$(BIN)/python -m benchmarks.card --model $$run/pipeline --num_steps 5 --output $$run/card.json && \
 			mkdir -p results/$$name-seed$$seed && \
-			cp $$run/metrics.jsonl $$run/config.json $$run/card.json $$run/evaluation/results.json results/$$name-seed$$seed/ || exit 1; \
+			cp $$run/metrics.jsonl $$run/config.json $$run/evaluation/results.json results/$$name-seed$$seed/ || exit 1; \
 		done; \
+		$(BIN)/python -m benchmarks.card --model runs/toy-seed$$seed/pipeline --num_steps 5 \
+			--output results/toy-seed$$seed/card.json || exit 1; \
 	done
 	$(BIN)/python evaluate.py --models base=toy finetuned=runs/toy-seed0 --prompts toy-heldout:24 --rewards toy-alignment \
 		--images_per_prompt 1 --num_steps 5 --guidance_scale 1 --output_dir runs/pictures

@@ -27,7 +27,7 @@ from plumbing.flags import Parser
 from plumbing.pipeline import encode_prompts, pipeline_policy, sample_images
 from plumbing.processes import RANK, WORLD_SIZE, all_gather, say
 from plumbing.prompts import draw_prompts, load_prompts
-from plumbing.scores import Model, Results, claim, summarise, summary_lines
+from plumbing.scores import Model, Results, claim, summary_lines
 from plumbing.trainable import open_model
 from rdp_loss import log_ratio, prediction_quality
 from rewards import Reward, RewardError, load_reward, parse_weighted
@@ -37,7 +37,9 @@ from sampler import EVALUATION, Policy, log_prob_table, sample_trajectories
 @dataclass
 class EvaluationConfig:
     run: list[str] = setting([], "Run folders of train.py: compares their base and their results, with the first one's sampler.")
-    checkpoints: bool = setting(False, "Also every checkpoint that the runs have kept (--keep_every), for reward against epoch.")
+    checkpoints: bool = setting(
+        False, "Also the checkpoints that the runs have kept on the way (--keep_every), for reward against epoch."
+    )
     models: list[str] = setting([], "name=pipeline, run, checkpoint or LoRA folder, or hub id; the first is the base.")
     protocol: Literal["none", "small", "large"] = setting("none", "Prompts and pictures of Sec. 4.1 or Sec. 4.2, unless given.")
     prompts: list[str] = setting([], "Named sets or files; SET:500 is what training draws first. By default those of --run.")
@@ -231,8 +233,12 @@ def main(argv: list[str]) -> None:
 
             all_gather(score)
             processes.all_wait_for_first(compare)
-        processes.all_wait_for_first(lambda: report.write(config, results, models, sets, columns(config, models), argv))
-    say("\n".join(summary_lines(summarise(results, models, sets, columns(config, models)), models)))
+
+        def conclude() -> None:
+            rows = report.write(config, results, models, sets, columns(config, models), argv)
+            say("\n".join(summary_lines(rows, models)))
+
+        processes.all_wait_for_first(conclude)
     say(f"Look at {results.output / 'report.html'}; the numbers with errors are in table.md and results.json beside it.")
     processes.stop()
 

@@ -1,12 +1,12 @@
-"""The paper's comparisons in miniature, a command each, and two that it does not have.
+"""The paper's comparisons in miniature, a command each, and three that it does not have: shared, variance and prediction.
 
     python reproduce.py fig3              # with and without clipping, small and large scale, PRDP and DDPO: Fig. 3 and Table 5
     python reproduce.py all               # every target; a run that several need is made once
     python reproduce.py all --lengthen 5 --jobs 8 --folder runs/long     # where there is a GPU
 
 Every run is one of train.py and every score one of evaluate.py, on the embedded model, with the settings below. For every method
-and scale the learning rate is chosen first, by the reward at the end of a run with another seed. After an interruption the same
-command goes on where it was. Results: results/reproduce/TARGET.json and .png, learning-rates.json, and
+and scale (but prediction's) the learning rate is chosen first, by the reward at the end of a run with another seed. After an
+interruption the same command goes on where it was. Results: results/reproduce/TARGET.json and .png, learning-rates.json, and
 time.json, of every invocation that came to its end.
 """
 
@@ -34,11 +34,11 @@ MODEL = "toy"
 SEARCH_SEED = 100
 LEARNING_RATES = ("3e-6", "1e-5", "3e-5", "1e-4", "3e-4", "1e-3", "3e-3")  # the search begins with the three in the middle
 
-# The same prompts, pictures and reward queries for all methods, and the same seeds in evaluation.
+# At a scale the same prompts, pictures and reward queries for all methods, and the same seeds in evaluation.
 SCALES = {
     "small": "--preset toy --prompts toy-small --prompts_per_epoch 8 --images_per_prompt 8 --save_every 5 --keep_every 5",
     "large": "--preset toy --prompts toy-train --prompts_per_epoch 8 --images_per_prompt 8 --save_every 5 --keep_every 0",
-    # Where the optimum is within reach: in nats, beta a tenth of the reward's range, and adapters, learned with less noise
+    # Where the optimum is within reach: in nats, beta a tenth of the reward's range, and adapters, whose gradients are less noisy
     "prediction": "--preset toy --prompts toy-small --prompts_per_epoch 8 --images_per_prompt 16 --lora_rank 8 "
     "--log_prob_reduction sum --step_reduction sum --kl_weight 0.1 --save_every 15 --keep_every 15",
 }
@@ -92,6 +92,8 @@ VARIANTS: dict[str, tuple[str, str, str]] = {  # name: method, scale and what is
     "K = 4, clipped": ("prdp", "prediction", "--updates_per_epoch 4 --clip_range 0.3 --epochs 15"),
     "four times the pictures": ("prdp", "prediction", "--images_per_prompt 64 --epochs 30"),
     "every weight": ("prdp", "prediction", "--lora_rank 0 --learning_rate 5e-5"),
+    # In reward per nat the toy preset's beta is 0.03 / (768 * 4), about 1e-5, and the paper's 3e-5 / (16384 * 50), 4e-11.
+    "beta 1e-3, every weight": ("prdp", "prediction", "--kl_weight 1e-3 --lora_rank 0 --learning_rate 2e-4"),
     "beta 1e-5, every weight": ("prdp", "prediction", "--kl_weight 1e-5 --lora_rank 0 --learning_rate 2e-4"),
     "colourfulness": ("prdp", "prediction", "--reward toy-colourfulness"),
     "DDPO colour": ("ddpo", "small", "--reward toy-colourfulness"),
@@ -103,7 +105,10 @@ def run_folder(name: str, seed: int, options) -> Path:
 
 
 def settings(method: str, scale: str, flags: str, rate: str, options) -> str:
-    """A training run's flags, but for its seed and folder; those of the variant last, so that it may change any."""
+    """A training run's flags, but for its seed and folder; those of the variant last, so that it may change any.
+
+    A variant's own number of epochs is not lengthened.
+    """
     epochs = round(EPOCHS[scale] * options.lengthen)
     return f"{SCALES[scale]} {METHODS[method, scale]} --learning_rate {rate} --epochs {epochs} {flags}".rstrip()
 

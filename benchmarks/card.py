@@ -53,7 +53,7 @@ def diversity(images: torch.Tensor) -> float:
 
 @torch.no_grad()
 def limits(pipe, prompts: list[str]) -> dict[str, float]:
-    """What to expect at best and at worst: drawn pictures, the same through the autoencoder, and for another prompt."""
+    """What to expect at best and at worst: drawn pictures, the same through the autoencoder, and those of other prompts."""
     rng, vae = random.Random(0), pipe.vae
     drawn = torch.stack([world.draw(prompts, rng) for _ in range(4)], 1)
     through = (vae.decode(vae.encode(drawn[:, 0] * 2 - 1).latents).sample / 2 + 0.5).clamp(0, 1)
@@ -66,12 +66,12 @@ def limits(pipe, prompts: list[str]) -> dict[str, float]:
     }
 
 
-def figures(pipe, guidance_scales: tuple[float, ...] = GUIDANCE, num_steps: tuple[int, ...] = STEPS) -> dict:
+def figures(pipe, num_steps: tuple[int, ...]) -> dict:
     """Of each set; attributes and diversity are those at guidance 1 and T = 5, where finetuning begins."""
     result = {}
     for name, prompts in SETS.items():
         base = pictures(pipe, prompts, 1.0, 5, each=4)
-        table = {f"guidance {w:g}": {f"T = {T}": alignment(pipe, prompts, w, T) for T in num_steps} for w in guidance_scales}
+        table = {f"guidance {w:g}": {f"T = {T}": alignment(pipe, prompts, w, T) for T in num_steps} for w in GUIDANCE}
         result[name] = limits(pipe, prompts) | {
             "attributes": by_attribute(base[:, 0], prompts), "diversity": diversity(base), "alignment": table
         }  # fmt: skip
@@ -85,7 +85,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--output", type=Path, help="a JSON file; otherwise it is printed")
     arguments = parser.parse_args(argv)
     with one_line_errors(ValueError, OSError):
-        found = figures(load_pipeline(arguments.model, torch.device("cpu")), num_steps=tuple(arguments.num_steps))
+        found = figures(load_pipeline(arguments.model, torch.device("cpu")), tuple(arguments.num_steps))
         how = {"threads": torch.get_num_threads(), "instructions": torch.backends.cpu.get_cpu_capability()}
         text = json.dumps(provenance("-m benchmarks.card", argv) | how | {"figures": found}, indent=1) + "\n"
         if arguments.output:

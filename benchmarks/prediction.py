@@ -8,6 +8,7 @@ steps with a Gaussian's freedom can predict at all.
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from plumbing import checkpoint, processes
 from plumbing.pipeline import encode_prompts, load_pipeline, pipeline_policy, score
 from plumbing.prompts import draw_prompts, load_prompts
 from plumbing.provenance import provenance
+from plumbing.run import read_metrics
 from plumbing.trainable import open_model
 from rdp_loss import log_ratio, prediction_quality
 from rewards import Reward, load_rewards
@@ -37,14 +39,15 @@ def policy_of(pipe, config: Config) -> Policy:
     )
 
 
-def predicted_and_actual(model, base, config: Config, prompts: list[str], reward: Reward) -> tuple[Tensor, Tensor]:
-    """log pi_theta/pi_ref and reward of fresh trajectories that the model draws, both (N, B)."""
+def predicted_and_actual(model, base, config: Config, prompts: list[str], reward: Reward) -> tuple[Tensor, Tensor, float]:
+    """rhat (Eq. 10) and reward of fresh trajectories that the model draws, both (N, B), and their mean log-ratio in nats."""
     policy, texts = policy_of(model, config), [prompt for prompt in prompts for _ in range(PICTURES)]
     names = [(config.seed, EVALUATION, n, b) for n in range(len(prompts)) for b in range(PICTURES)]
     drawn = sample_trajectories(policy, encode_prompts(model, texts), names, 64, shared_x_T=config.shared_x_T)
     log_probs_ref = drawn.log_probs if model is base else log_prob_table(policy_of(base, config), drawn, 64)
     rhat = log_ratio(drawn.log_probs, log_probs_ref, config.step_reduction)
-    return rhat.view(-1, PICTURES), score(model, drawn.x_0, texts, reward, 64).view(-1, PICTURES).double()
+    kl_nats = (drawn.log_probs - log_probs_ref).sum(1).mean().item() * policy.in_nats
+    return rhat.view(-1, PICTURES), score(model, drawn.x_0, texts, reward, 64).view(-1, PICTURES).double(), kl_nats
 
 
 def read_config(run: Path) -> Config:
@@ -57,7 +60,8 @@ def read_config(run: Path) -> Config:
 def measure(run: Path, config: Config) -> dict:
     """Of each set of prompts correlation, slope and more by epoch, and what was predicted for the last one's pictures.
 
-    These are relative to the mean of their prompt: only differences mean something.
+    These are relative to the mean of their prompt: only differences mean something. "training" is of the pictures of every epoch
+    at its last update: with K = 1 fresh ones, with K > 1 those that the updates before have seen.
     """
     reward, base = load_rewards(config.reward, config.reward_weights, CPU), load_pipeline(config.model, CPU)
     folders = {checkpoint.epoch_of(folder): str(folder) for folder in checkpoint.all_checkpoints(run)}
@@ -70,18 +74,16 @@ def measure(run: Path, config: Config) -> dict:
         last: dict[str, dict] = {}
         model = open_model(folders[epoch], config.model, CPU) if epoch else base
         for name, prompts in sets.items():
-            rhat, rewards = predicted_and_actual(model, base, config, prompts, reward)
-            values = (
-                *prediction_quality(rhat, rewards, config.kl_weight),
-                rhat.mean().item(),
-                rewards.mean().item(),
-                rewards.var(1).mean().item(),
-            )
+            rhat, rewards, kl_nats = predicted_and_actual(model, base, config, prompts, reward)
+            quality = prediction_quality(rhat, rewards, config.kl_weight)
+            values = *quality, kl_nats, rewards.mean().item(), rewards.var(1).mean().item()
             for row, value in zip(result[name].values(), values, strict=True):
                 row.append(round(value, 6))
             for title, x in (("predicted", config.kl_weight * rhat), ("actual", rewards)):
                 last.setdefault(name, {})[title] = [[round(v, 6) for v in row] for row in (x - x.mean(1, keepdim=True)).tolist()]
-    return {"T": config.num_steps, "epochs": [0, *folders], "curves": result, "last": last}
+    training = {name: [round(line[name], 6) for line in read_metrics(run)[1:]] for name in ("correlation", "slope")}
+    settings = dataclasses.asdict(config)
+    return {"settings": settings, "epochs": [0, *folders], "curves": result, "training": training, "last": last}
 
 
 @torch.no_grad()
@@ -90,9 +92,10 @@ def gaussian_share(policy: Policy, cond, reward_of, branches: int, seed: int) ->
 
     From every x_t of the trajectory many go on. Returns (S,) estimates of Var(r | x_t), and of |E[r z | x_t]|^2, where z is the
     noise of the step. Let M_t = E[r | x_t]. To first order in 1/beta, the optimum of Eq. 7 has the log-ratio
-    (M_{t-1} - M_t) / beta in a step, any function of z. A Gaussian of which only the mean can move has u(x_t) . z, and the best u
-    is E[r z | x_t] / beta. So of the variance of the reward from one x_T it predicts at most
-    sum_t E|E[r z | x_t]|^2 / E Var(r | x_T): this is the best slope, and its root the best correlation.
+    (M_{t-1} - M_t) / beta in a step, any function of z. A Gaussian of which only the mean can move has u(x_t) . z, and the u of
+    least squared error is E[r z | x_t] / beta. So of the variance of the reward from one x_T it predicts the share
+    sum_t E|E[r z | x_t]|^2 / E Var(r | x_T), under the policy that draws: this is its slope, and the root of it its correlation,
+    which no other u exceeds.
 
     cond: a condition of `branches` equal rows; reward_of: x_0 (M, C, H, W) -> (M,).
     """
@@ -113,16 +116,18 @@ def gaussian_share(policy: Policy, cond, reward_of, branches: int, seed: int) ->
                 x = mu_j + sigma_j * noise(branches) if j in noisy else mu_j
             r = reward_of(x).double()
             products = (r - r.mean())[:, None] * z.flatten(1).double()
-            # Over pairs of different branches, whose noises are independent: its expectation has no variance in it.
-            explained.append((products.sum(0).square().sum() - products.square().sum()) / (branches * (branches - 1)))
+            # Over pairs of different branches, so that no variance enters; with the mean of r taken out the expectation of a pair
+            # is |E[r z]|^2 (1 - 2/n + 2/n^2), n the number of branches.
+            over_pairs = products.sum(0).square().sum() - products.square().sum()
+            explained.append(over_pairs / ((branches - 1) * (branches - 2 + 2 / branches)))
             variances.append(r.var())
         x_t = mu + sigma * noise(1)
     return torch.stack(variances), torch.stack(explained)
 
 
-def ceiling(config: Config, states: int, branches: int) -> dict:
-    """gaussian_share over trajectories of held-out prompts by the base, from one x_T; errors are standard errors over them."""
-    pipe, reward = load_pipeline(config.model, CPU), load_rewards(config.reward, config.reward_weights, CPU)
+def ceiling(config: Config, pipe, states: int, branches: int) -> dict:
+    """gaussian_share over trajectories of held-out prompts, from one x_T; errors are standard errors over them."""
+    reward = load_rewards(config.reward, config.reward_weights, CPU)
     policy = policy_of(pipe, config)
     found = []
     for n, prompt in enumerate(tqdm(load_prompts(HELD_OUT)[:states], desc=f"ceiling, T = {config.num_steps}")):
@@ -151,18 +156,23 @@ def main(argv: list[str]) -> None:
         help="of train.py, with --keep_every; a name may come again with another seed",
     )
     parser.add_argument("--states", type=int, default=16, help="trajectories of the ceiling")
-    parser.add_argument("--branches", type=int, default=192, help="that go on from each of their latents")
+    parser.add_argument("--branches", type=int, default=256, help="that go on from each of their latents")
     parser.add_argument("--output", type=Path, required=True, help="a JSON file")
     options = parser.parse_args(argv)
     with processes.one_line_errors(ValueError, OSError):
         measured, ceilings = {}, {}
         for spec in options.runs:
-            name, _, folder = spec.rpartition("=")
+            name, equals, folder = spec.rpartition("=")
+            if not equals:
+                raise ValueError(f"--runs takes name=folder, not {spec!r}")
             config = read_config(Path(folder))
             measured.setdefault(name, {})[config.seed] = measure(Path(folder), config)
             of = f"{', '.join(config.reward)}, T = {config.num_steps}"
             if of not in ceilings:
-                ceilings[of] = ceiling(config, options.states, options.branches)
+                ceilings[of] = ceiling(config, load_pipeline(config.model, CPU), options.states, options.branches)
+            if len(measured) == 1 and len(measured[name]) == 1:  # of the first run also where it has ended
+                ended = open_model(folder, config.model, CPU)
+                ceilings[f"{of}, after {name}"] = ceiling(config, ended, options.states, options.branches)
         options.output.parent.mkdir(parents=True, exist_ok=True)
         result = provenance("-m benchmarks.prediction", argv) | {"runs": measured, "ceilings": ceilings}
         options.output.write_text(json.dumps(result, indent=1) + "\n")

@@ -66,7 +66,7 @@ def flat_scheduler() -> DDIMScheduler:
 
 
 def initial_pipeline(channels: tuple[int, int] = (32, 64), width: int = 64) -> StableDiffusionPipeline:
-    """The pipeline with random weights; 1.2 million parameters as it is, fewer for tests."""
+    """The pipeline with random weights; 1.4 million parameters as it is, fewer for tests."""
     tokenizer = word_tokenizer()
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
@@ -212,8 +212,11 @@ def save(pipe: StableDiffusionPipeline, folder: Path) -> None:
 def build(folder: Path, seed: int = 0, steps: dict[str, int] = STEPS) -> None:
     """Trains the miniature and saves it, with made.json, which says how; the folder appears only when it is complete.
 
-    An interrupted build goes on from FOLDER.state, which is removed at the end.
+    An interrupted build goes on from FOLDER.state, which is removed at the end. FileExistsError if the folder is there already.
+    On another processor, or with another number of threads, the weights come out differently.
     """
+    if folder.exists():
+        raise FileExistsError(f"{folder} is there already: choose another folder, or remove it")
     state = folder.with_name(f"{folder.name}.state")
     state.mkdir(parents=True, exist_ok=True)
     random_state = torch.get_rng_state()
@@ -232,7 +235,6 @@ def build(folder: Path, seed: int = 0, steps: dict[str, int] = STEPS) -> None:
     versions = {name: version(name) for name in ("torch", "diffusers", "transformers")}
     made = {"seed": seed, "steps": steps, "batch": BATCH, "seconds": seconds, "threads": torch.get_num_threads()} | versions
     (unfinished / "made.json").write_text(json.dumps(made, indent=1) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
     shutil.rmtree(state)
 
@@ -240,4 +242,7 @@ def build(folder: Path, seed: int = 0, steps: dict[str, int] = STEPS) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="miniature.build", description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("folder", type=Path, help="where the pipeline goes; an interrupted build goes on from FOLDER.state")
-    build(parser.parse_args().folder)
+    try:
+        build(parser.parse_args().folder)
+    except FileExistsError as error:
+        parser.error(str(error))

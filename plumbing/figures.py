@@ -79,12 +79,14 @@ def draw_prediction(panels: dict[str, list[str]], result: dict, path: Path) -> N
     """Correlation and slope of every variant against epochs, and a dot for every pair of the first seed's last pictures."""
     columns = {}
     for name in panels[""]:
-        runs = list(result["runs"][name].values())
-        curves = {
-            what: {where: [run["curves"][where][what] for run in runs] for where in runs[0]["curves"]}
-            for what in ("correlation", "slope")
-        }
-        columns[name] = {"epochs": runs[0]["epochs"], "curves": curves, "pairs": runs[0]["last"]["held out"]}
+        runs, curves = list(result["runs"][name].values()), {}
+        for what in ("correlation", "slope"):
+            training = [smoothed(run["training"][what]) for run in runs]
+            curves[what] = {"training pictures": (list(range(1, len(training[0]) + 1)), training)}
+            curves[what] |= {
+                where: (runs[0]["epochs"], [run["curves"][where][what] for run in runs]) for where in runs[0]["curves"]
+            }
+        columns[name] = {"curves": curves, "pairs": runs[0]["last"]["held out"]}
     plots.prediction(columns, path)
 
 
@@ -127,7 +129,7 @@ TARGETS = {
         {
             "": [
                 "T = 5", "T = 10", "T = 20", "independent x_T", "K = 4, clipped", "four times the pictures", "every weight",
-                "beta 1e-5, every weight", "colourfulness",
+                "beta 1e-3, every weight", "beta 1e-5, every weight", "colourfulness",
             ]
         },
         draw_prediction, script="prediction",

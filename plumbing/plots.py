@@ -168,30 +168,28 @@ def tradeoff(points: dict[str, list[list[float]]], xlabel: str, ylabel: str, pat
 def prediction(columns: dict[str, dict], path: Path) -> None:
     """A column for every variant: correlation and slope against epochs (mean and range over seeds), and below all pairs.
 
-    columns: title -> {"epochs", "curves": {what: {line: a curve for every seed}}, "pairs": {"predicted", "actual"}}, the last two
+    columns: title -> {"curves": {what: {line: (epochs, a curve for every seed)}}, "pairs": {"predicted", "actual"}}, the last two
     (N prompts, B pictures) relative to their prompt.
     """
-    rows = ("correlation", "slope", "pairs")
-    figure, axes = plt.subplots(
-        3, len(columns), figsize=(2.3 * len(columns) + 0.6, 7), squeeze=False, sharex="row", sharey="row", layout="constrained"
-    )
+    size = (2.3 * len(columns) + 0.6, 7)
+    figure, axes = plt.subplots(3, len(columns), figsize=size, squeeze=False, sharey="row", layout="constrained")
     for column, (title, found) in enumerate(columns.items()):
-        for row, what in enumerate(rows[:2]):
-            for name, seeds in found["curves"][what].items():
+        for row, (what, lines) in enumerate(found["curves"].items()):
+            for name, (epochs, seeds) in lines.items():
                 table = np.array(seeds)
-                axes[row][column].fill_between(found["epochs"], table.min(0), table.max(0), alpha=0.2, linewidth=0)
-                axes[row][column].plot(found["epochs"], table.mean(0), marker="o", markersize=3, label=name)
+                axes[row][column].fill_between(epochs, table.min(0), table.max(0), alpha=0.2, linewidth=0)
+                axes[row][column].plot(epochs, table.mean(0), marker=".", linewidth=1, label=name)
             axes[row][column].set(xlabel="epoch", title=title if row == 0 else "")
             axes[row][column].axhline(0, color="0.8", linewidth=0.8, zorder=0)
+            axes[row][0].set_ylabel(what)
         differences = [
             np.concatenate([(x[:, None] - x[None, :])[np.triu_indices(len(x), 1)] for x in np.array(found["pairs"][what])])
             for what in ("actual", "predicted")
         ]
-        axes[2][column].plot(*differences, ".", markersize=1.5, alpha=0.35, markeredgewidth=0)
+        axes[2][column].plot(*differences, ".", markersize=2, alpha=0.4, markeredgewidth=0)
         axes[2][column].axline((0, 0), slope=1, color="0.5", linewidth=0.8)
-        axes[2][column].set(xlabel="actual reward difference")
-    for row, label in enumerate(("correlation", "slope", "predicted difference")):
-        axes[row][0].set_ylabel(label)
+        axes[2][column].set(xlabel="actual difference")
+    axes[2][0].set_ylabel("predicted difference")
     axes[0][0].legend(frameon=False, fontsize=8)
     for one in axes.flat:
         one.spines[["top", "right"]].set_visible(False)

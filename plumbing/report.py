@@ -51,8 +51,8 @@ def write(
     sets: dict[str, list[str]],
     columns: dict[str, dict[str, float]],
     argv: list[str],
-) -> None:
-    """table.md, results.json, the figures and the page, from what is on disk; columns: see scores.summarise."""
+) -> list[dict]:
+    """table.md, results.json, the figures and the page, from what is on disk -> the rows; columns: see scores.summarise."""
     output, rows = results.output, summarise(results, models, sets, columns)
     source = provenance("evaluate.py", argv)
     (output / "results.json").write_text(json.dumps(source | {"config": dataclasses.asdict(config), "results": rows}, indent=1))
@@ -79,9 +79,9 @@ def write(
         def pictures(model: str, numbers, set_name=set_name) -> list[Path]:
             return [results.picture(model, set_name, n) for n in numbers]
 
-        file, first = quote(Path(set_name).stem, safe=""), range(min(len(prompts), 40))
+        file, first = quote(Path(set_name).stem, safe=""), range(min(len(prompts), 45))
         grid = {model.name: pictures(model.name, first) for model in shown}
-        plots.grid(grid, prompts[:40], output / f"pictures-{file}.png", across=8)
+        plots.grid(grid, prompts[:45], output / f"pictures-{file}.png", across=8)
         if kept:
             figures[f"The same noise through training, {set_name}"] = output / f"strips-{file}.png"
             strips = {model.name: pictures(model.name, first[:5]) for model in models}
@@ -118,6 +118,7 @@ def write(
     unfinished = output / "report.html.unfinished"
     unfinished.write_text(page, encoding="utf-8")
     unfinished.replace(output / "report.html")
+    return rows
 
 
 def report_table(rows: list[dict], title: str, text: Callable[[dict], tuple[str, str]]) -> dict:

@@ -31,19 +31,17 @@ class Rows:
 
 @pytest.mark.parametrize("reward", ["linear", "square"])
 def test_share_on_a_chain_with_a_known_answer(reward):
-    """A network that puts out zero: the last latent's mean is y = m + sum_i c_i z_i, and r = y or r = y^2.
+    """A network that puts out zero: one of 16 coordinates of x_0 is y = m + sum_i c_i z_i, and r = y or r = y^2.
 
+    Few branches, so that what other coordinates and the variance of r would add if they were let in is larger than the answer.
     Of y all can be predicted. Of y^2 a step decides 4 m^2 c^2 + 2 c^2 (c^2 + 2 v), v the variance still to come, and the part
     that is linear in its noise is 4 m^2 c^2.
     """
     schedule = Schedule(torch.tensor([3, 2, 1]), ALPHA_BAR.sqrt(), (1 - ALPHA_BAR).sqrt())
-    policy = dataclasses.replace(answering(schedule, torch.zeros(1, 1, 1, 1)), dtype=torch.float64)
+    policy = dataclasses.replace(answering(schedule, torch.zeros(1, 1, 4, 4)), dtype=torch.float64)
     policy = dataclasses.replace(policy, denoise=lambda x, t, cond: torch.zeros_like(x))
     exponent = {"linear": 1, "square": 2}[reward]
-    found = [
-        prediction.gaussian_share(policy, Rows(), lambda x_0: x_0.flatten(1).sum(1) ** exponent, 100, seed)
-        for seed in range(1500)
-    ]
+    found = [prediction.gaussian_share(policy, Rows(), lambda x_0: x_0[:, 0, 0, 0] ** exponent, 10, seed) for seed in range(6000)]
     variances, explained = (torch.stack(values).mean(0) for values in zip(*found, strict=True))
     c2 = (schedule.sigma[:2] / schedule.alpha[1:3]) ** 2  # the last step has no noise
     m2 = 1 / schedule.alpha[0] ** 2 + torch.tensor([0.0, c2[0]])  # E m^2 before each step
@@ -74,14 +72,16 @@ def test_curves_and_pairs_of_runs(runs, model_folder, tmp_path, monkeypatch):
     prediction.main(["--output", str(output), "--states", "3", "--branches", "4", "--runs", f"a={runs}/0", f"a={runs}/1"])
     result = json.loads(output.read_text())
     assert result["versions"]["torch"] and list(result["runs"]) == ["a"] and list(result["runs"]["a"]) == ["0", "1"]
-    ((title, ceiling),) = result["ceilings"].items()
-    assert title == "toy-colourfulness, T = 3"
+    assert list(result["ceilings"]) == ["toy-colourfulness, T = 3", "toy-colourfulness, T = 3, after a"]
+    ceiling, after = result["ceilings"].values()
+    assert ceiling["share"] != after["share"]
     assert sum(ceiling["decided_by_step"]) == pytest.approx(1) and sum(ceiling["predicted_by_step"]) == pytest.approx(
         ceiling["share"]
     )
 
     of = result["runs"]["a"]["1"]
-    assert of["T"] == 3 and of["epochs"] == [0, 1, 2]
+    assert of["settings"]["num_steps"] == 3 and of["epochs"] == [0, 1, 2]
+    assert [len(curve) for curve in of["training"].values()] == [2, 2]
     base = load_pipeline(str(model_folder), CPU)
     reward, reference = load_reward("toy-colourfulness"), make_policy(base, 3, 1.0, log_prob_reduction="sum")
     model = open_model(str(runs / "1"), "", CPU)
@@ -111,7 +111,8 @@ def test_curves_and_pairs_of_runs(runs, model_folder, tmp_path, monkeypatch):
 
 
 def test_wrong_input(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        prediction.main(["--output", str(tmp_path / "x.json"), "--runs", f"a={tmp_path}"])
-    assert stopped.value.code == 2 and "no run folder of train.py" in capsys.readouterr().err
+    for run, message in ((f"a={tmp_path}", "no run folder of train.py"), (str(tmp_path), "takes name=folder")):
+        with pytest.raises(SystemExit) as stopped:
+            prediction.main(["--output", str(tmp_path / "x.json"), "--runs", run])
+        assert stopped.value.code == 2 and message in capsys.readouterr().err
     assert not Path(tmp_path / "x.json").exists()
