@@ -85,7 +85,7 @@ VARIANTS: dict[str, tuple[str, str, str]] = {  # name: method, scale and what is
     "PRDP beta 0.1": ("prdp", "small", f"{COLOUR} 0.1"),
     "PRDP beta 1": ("prdp", "small", f"{COLOUR} 1"),
     "PRDP beta 10": ("prdp", "small", f"{COLOUR} 10"),
-    "T = 5": ("prdp", "prediction", ""),
+    "T = 5": ("prdp", "prediction", "--epochs 120"),
     "T = 10": ("prdp", "prediction", "--num_steps 10"),
     "T = 20": ("prdp", "prediction", "--num_steps 20 --epochs 30"),
     "independent x_T": ("prdp", "prediction", "--shared_x_T False"),

@@ -156,7 +156,7 @@ def main(argv: list[str]) -> None:
         help="of train.py, with --keep_every; a name may come again with another seed",
     )
     parser.add_argument("--states", type=int, default=16, help="trajectories of the ceiling")
-    parser.add_argument("--branches", type=int, default=256, help="that go on from each of their latents")
+    parser.add_argument("--branches", type=int, default=192, help="that go on from each of their latents")
     parser.add_argument("--output", type=Path, required=True, help="a JSON file")
     options = parser.parse_args(argv)
     with processes.one_line_errors(ValueError, OSError):

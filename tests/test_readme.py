@@ -143,18 +143,21 @@ def test_results_in_the_readme_are_the_committed_ones():
         seconds = sum(sum(line["seconds"].values()) for line in lines[1:])
         assert rows["seconds of finetuning on 2 CPU cores, with evaluation"][seed] == f"{seconds:.0f}" and seconds < 180
     for what, where in (
-        ("same", "Over the base at the same guidance"),
+        ("same", "over the base at the same guidance"),
         ("best", "over the base at guidance 3, its best,"),
-        ("guided", "finetuning that starts from guidance 3"),
+        ("guided", "of finetuning that starts from guidance 3"),
     ):
         one, two = (gains[what, title] for _, title in (ONE, TWO))
-        text = f"{where} gains {min(one):.3f} to {max(one):.3f} for one object and {min(two):.3f} to {max(two):.3f} for two"
+        text = f"gain {where} is {min(one):+.3f} to {max(one):+.3f} for one object and {min(two):+.3f} to {max(two):+.3f} for two"
         assert text in README.replace("\n", " "), text
     rows = result("benchmark.json")["results"]
     seconds = " and ".join(f"{row['seconds_per_epoch']:.3g}" for row in rows)
     assert f"an epoch of {seconds} seconds on 2 CPU cores" in README.replace("\n", " ")
     least, most = (row["peak_memory_gib"] for row in rows)
     assert f"{least:.3f} GiB" in README and f"{most:.3f} GiB" in README and most < 1.05 * least
+    seconds = result("times.json")["seconds"]
+    assert f"`make demo` took {seconds['demo']} seconds and `make test` {seconds['test']}" in README.replace("\n", " ")
+    assert seconds["demo"] < 180 and seconds["test"] < 360
 
 
 def test_the_miniatures_card_is_what_was_measured():
@@ -200,7 +203,7 @@ def test_the_papers_comparisons_are_the_committed_ones():
     for name, target in TARGETS.items():
         assert f"`{name}`" in section and f"results/reproduce/{name}.png" in section, name
         assert (folder / f"{name}.png").exists() and results[name]["versions"]["torch"] and results[name]["machine"]["cpu_cores"]
-        if target.variants:
+        if target.variants and not target.script:
             assert list(results[name]["runs"]) == target.variants
             assert all(set(seeds) == {"0", "1", "2"} for seeds in results[name]["runs"].values())
     for name, sets in (("table1", ["toy-small"]), ("table2", ["toy-train:128", "toy-heldout-one", "toy-heldout-two"])):
@@ -239,6 +242,23 @@ def test_the_papers_comparisons_are_the_committed_ones():
     (whole,) = (made for made in json.loads((folder / "time.json").read_text()) if made["command"] == "python reproduce.py all")
     assert whole["seconds"] < 90 * 60
     assert f"{whole['seconds'] / 60:.0f} minutes on {whole['machine']['cpu_cores']} CPU cores" in section
+
+
+def test_predicted_differences_in_the_docs_are_the_measured_ones():
+    found, rows = result("reproduce", "prediction.json"), tables(MINIATURE)
+    assert list(found["runs"]) == TARGETS["prediction"].variants
+    for name, seeds in found["runs"].items():
+        (run,) = seeds.values()
+        seen, held = run["curves"]["seen"], run["curves"]["held out"]
+        assert rows[name] == [
+            str(run["epochs"][-1]),
+            f"{seen['correlation'][-1]:.2f}, {held['correlation'][-1]:.2f}",
+            f"{seen['slope'][-1]:.2g}, {held['slope'][-1]:.2g}",
+            f"{seen['kl_nats'][-1]:.2f} nats",
+            f"{seen['reward'][0]:.3f} → {seen['reward'][-1]:.3f}",
+        ]
+    for name, ceiling in found["ceilings"].items():
+        assert rows[name] == [f"{ceiling['share']:.2f} ± {ceiling['standard_error']:.2f}", f"{ceiling['share'] ** 0.5:.2f}"]
 
 
 def test_presets_weights_and_recipes_are_the_codes():
