@@ -155,8 +155,9 @@ def main(argv: list[str]) -> None:
         metavar="NAME=FOLDER",
         help="of train.py, with --keep_every; a name may come again with another seed",
     )
-    parser.add_argument("--states", type=int, default=16, help="trajectories of the ceiling")
+    parser.add_argument("--states", type=int, default=12, help="trajectories of the ceiling")
     parser.add_argument("--branches", type=int, default=192, help="that go on from each of their latents")
+    parser.add_argument("--longest", type=int, default=10, help="T up to which the ceiling is estimated; its cost grows with T^2")
     parser.add_argument("--output", type=Path, required=True, help="a JSON file")
     options = parser.parse_args(argv)
     with processes.one_line_errors(ValueError, OSError):
@@ -168,6 +169,8 @@ def main(argv: list[str]) -> None:
             config = read_config(Path(folder))
             measured.setdefault(name, {})[config.seed] = measure(Path(folder), config)
             of = f"{', '.join(config.reward)}, T = {config.num_steps}"
+            if config.num_steps > options.longest:
+                continue
             if of not in ceilings:
                 ceilings[of] = ceiling(config, load_pipeline(config.model, CPU), options.states, options.branches)
             if len(measured) == 1 and len(measured[name]) == 1:  # of the first run also where it has ended

@@ -69,7 +69,7 @@ def naive(pipe) -> dict[str, torch.Tensor]:
             group = []
             for b in range(B):
                 first, later = (noise_generator(5, epoch, n, b, stream) for stream in (0, 1))
-                trajectory = [randn_tensor((1, 4, 8, 8), first, dtype=torch.float64)]
+                trajectory = [randn_tensor((1, 12, 8, 8), first, dtype=torch.float64)]
                 with torch.no_grad():
                     for i, t in enumerate(scheduler.timesteps):
                         mu, sigma = gaussian(old, trajectory[-1], t, prompt)

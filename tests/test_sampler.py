@@ -108,7 +108,7 @@ def test_a_step_without_noise_is_left_out_of_the_table(pipe):
         policy = make_policy(pipe, scheduler=dict(set_alpha_to_one=to_one))
         drawn = trajectories(policy, pipe)
         assert (
-            drawn.latents.shape == (6, 6, 4, 8, 8) and drawn.log_probs.shape == (6, columns) and drawn.log_probs.isfinite().all()
+            drawn.latents.shape == (6, 6, 12, 8, 8) and drawn.log_probs.shape == (6, columns) and drawn.log_probs.isfinite().all()
         )
         torch.testing.assert_close(log_prob_table(policy, drawn, 5), drawn.log_probs, rtol=0, atol=1e-6)
 

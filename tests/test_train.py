@@ -183,7 +183,7 @@ def test_batch_arithmetic_is_printed_and_right(capsys, model_folder, tmp_path):
     assert "4 of 45 prompts x 3 images = 12 trajectories x 4 steps = 48 log-probs" in printed
     assert "4 prompts x 3 = 12 pairs" in printed
     assert "48 log-probs each = 0 micro-batches of 64 and one of 48" in printed
-    assert "clip_range 0.003 is 0.768 nats a step" in printed
+    assert "clip_range 0.003 is 2.3 nats a step" in printed
 
 
 def refused(capsys, argv) -> str:
