@@ -257,6 +257,24 @@ def test_predicted_differences_in_the_docs_are_the_measured_ones():
             f"{seen['kl_nats'][-1]:.2f} nats",
             f"{seen['reward'][0]:.3f} → {seen['reward'][-1]:.3f}",
         ]
+
+    def of(name: str, where: str = "curves") -> dict:
+        return found["runs"][name]["0"][where]
+
+    at_30, at_45 = (
+        {n: of(n)["seen"]["correlation"][i] for n in found["runs"] if len(of(n)["seen"]["slope"]) > i} for i in (2, 3)
+    )
+    section, share = " ".join(MINIATURE.split()), found["ceilings"]["toy-alignment, T = 5"]["share"]
+    for text in (
+        "seen prompts is {:.2f}, {:.2f} and {:.2f} for T".format(*(at_30[f"T = {T}"] for T in (5, 10, 20))),
+        f"with a correlation of {of('K = 4, clipped', 'training')['correlation'][0]:.2f}, and 15 epochs later",
+        f"fresh ones with {of('K = 4, clipped')['seen']['correlation'][-1]:.2f}.",
+        f"half the KL, {at_45['T = 5']:.2f} to {at_45['every weight']:.2f} after 45",
+        f"give {at_30['four times the pictures']:.2f} after 30 epochs, where T = 5 has {at_30['T = 5']:.2f};",
+        f"over 120 epochs give {of('T = 5')['seen']['correlation'][-1]:.2f}.",
+        f"from a slope of {of('T = 5')['seen']['slope'][-1]:.2f} to {share:.2f}, is the data's",
+    ):
+        assert text in section, text
     for name, ceiling in found["ceilings"].items():
         assert rows[name] == [f"{ceiling['share']:.2f} ± {ceiling['standard_error']:.2f}", f"{ceiling['share'] ** 0.5:.2f}"]
 
