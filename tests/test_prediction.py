@@ -41,14 +41,14 @@ def test_share_on_a_chain_with_a_known_answer(reward):
     policy = dataclasses.replace(answering(schedule, torch.zeros(1, 1, 4, 4)), dtype=torch.float64)
     policy = dataclasses.replace(policy, denoise=lambda x, t, cond: torch.zeros_like(x))
     exponent = {"linear": 1, "square": 2}[reward]
-    found = [prediction.gaussian_share(policy, Rows(), lambda x_0: x_0[:, 0, 0, 0] ** exponent, 10, seed) for seed in range(6000)]
+    found = [prediction.gaussian_share(policy, Rows(), lambda x_0: x_0[:, 0, 0, 0] ** exponent, 10, seed) for seed in range(2500)]
     variances, explained = (torch.stack(values).mean(0) for values in zip(*found, strict=True))
     c2 = (schedule.sigma[:2] / schedule.alpha[1:3]) ** 2  # the last step has no noise
     m2 = 1 / schedule.alpha[0] ** 2 + torch.tensor([0.0, c2[0]])  # E m^2 before each step
     v = torch.stack([c2[0] + c2[1], c2[1]])
     expected = (v, c2) if reward == "linear" else (4 * m2 * v + 2 * v**2, 4 * m2 * c2)
-    torch.testing.assert_close(variances, expected[0], rtol=0.1, atol=0)
-    torch.testing.assert_close(explained, expected[1], rtol=0.1, atol=0)
+    torch.testing.assert_close(variances, expected[0], rtol=0.12, atol=0)
+    torch.testing.assert_close(explained, expected[1], rtol=0.12, atol=0)
 
 
 @pytest.fixture(scope="module")
