@@ -27,6 +27,7 @@ from plumbing.flags import Parser
 from plumbing.pipeline import encode_prompts, pipeline_policy, sample_images
 from plumbing.processes import RANK, WORLD_SIZE, all_gather, say
 from plumbing.prompts import draw_prompts, load_prompts
+from plumbing.run import read_run
 from plumbing.scores import Model, Results, claim, summary_lines
 from plumbing.trainable import open_model
 from rdp_loss import log_ratio, prediction_quality
@@ -113,13 +114,6 @@ def parse(argv: list[str]) -> tuple[EvaluationConfig, list[Model]]:
     if repeated:
         raise ValueError(f"two models are called {repeated[0]!r}: give each a name of its own with --models name=...")
     return config, models
-
-
-def read_run(run: Path) -> dict:
-    try:
-        return json.loads((run / "config.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{run} is no run folder of train.py: {error}") from error
 
 
 def load_set(name: str, config: EvaluationConfig) -> list[str]:

@@ -16,7 +16,7 @@ from statistics import fmean
 import torch
 
 from miniature import world
-from plumbing.pipeline import load_pipeline, pipeline_policy, sample_images
+from plumbing.pipeline import decode_latents, load_pipeline, pipeline_policy, sample_images
 from plumbing.processes import one_line_errors
 from plumbing.provenance import provenance
 from sampler import EVALUATION
@@ -56,7 +56,7 @@ def limits(pipe, prompts: list[str]) -> dict[str, float]:
     """What to expect at best and at worst: drawn pictures, the same through the autoencoder, and those of other prompts."""
     rng, vae = random.Random(0), pipe.vae
     drawn = torch.stack([world.draw(prompts, rng) for _ in range(4)], 1)
-    through = (vae.decode(vae.encode(drawn[:, 0] * 2 - 1).latents).sample / 2 + 0.5).clamp(0, 1)
+    through = decode_latents(pipe, vae.encode(drawn[:, 0] * 2 - 1).latents * vae.config.scaling_factor)
     others = [prompts[n] for n in torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0))]
     return {
         "drawn": world.alignment(drawn[:, 0], prompts).mean().item(),

@@ -22,7 +22,7 @@ from plumbing import checkpoint, processes
 from plumbing.pipeline import encode_prompts, load_pipeline, pipeline_policy, score
 from plumbing.prompts import draw_prompts, load_prompts
 from plumbing.provenance import provenance
-from plumbing.run import read_metrics
+from plumbing.run import read_metrics, read_run
 from plumbing.trainable import open_model
 from rdp_loss import log_ratio, prediction_quality
 from rewards import Reward, load_rewards
@@ -50,13 +50,6 @@ def predicted_and_actual(model, base, config: Config, prompts: list[str], reward
     return rhat.view(-1, PICTURES), score(model, drawn.x_0, texts, reward, 64).view(-1, PICTURES).double(), kl_nats
 
 
-def read_config(run: Path) -> Config:
-    try:
-        return Config(**json.loads((run / "config.json").read_text()))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{run} is no run folder of train.py: {error}") from error
-
-
 def measure(run: Path, config: Config) -> dict:
     """Of each set of prompts correlation, slope and more by epoch, and what was predicted for the last one's pictures.
 
@@ -70,8 +63,8 @@ def measure(run: Path, config: Config) -> dict:
         "held out": load_prompts(HELD_OUT)[:PROMPTS],
     }
     result = {name: {"correlation": [], "slope": [], "kl_nats": [], "reward": [], "variance": []} for name in sets}
+    ended: dict[str, dict[str, Tensor]] = {}
     for epoch in tqdm([0, *folders], desc=run.name):
-        last: dict[str, dict] = {}
         model = open_model(folders[epoch], config.model, CPU) if epoch else base
         for name, prompts in sets.items():
             rhat, rewards, kl_nats = predicted_and_actual(model, base, config, prompts, reward)
@@ -79,8 +72,11 @@ def measure(run: Path, config: Config) -> dict:
             values = *quality, kl_nats, rewards.mean().item(), rewards.var(1).mean().item()
             for row, value in zip(result[name].values(), values, strict=True):
                 row.append(round(value, 6))
-            for title, x in (("predicted", config.kl_weight * rhat), ("actual", rewards)):
-                last.setdefault(name, {})[title] = [[round(v, 6) for v in row] for row in (x - x.mean(1, keepdim=True)).tolist()]
+            ended[name] = {"predicted": config.kl_weight * rhat, "actual": rewards}
+    last = {
+        name: {title: (x - x.mean(1, keepdim=True)).round(decimals=6).tolist() for title, x in pairs.items()}
+        for name, pairs in ended.items()
+    }
     training = {name: [round(line[name], 6) for line in read_metrics(run)[1:]] for name in ("correlation", "slope")}
     settings = dataclasses.asdict(config)
     return {"settings": settings, "epochs": [0, *folders], "curves": result, "training": training, "last": last}
@@ -166,7 +162,7 @@ def main(argv: list[str]) -> None:
             name, equals, folder = spec.rpartition("=")
             if not equals:
                 raise ValueError(f"--runs takes name=folder, not {spec!r}")
-            config = read_config(Path(folder))
+            config = Config(**read_run(Path(folder)))
             measured.setdefault(name, {})[config.seed] = measure(Path(folder), config)
             of = f"{', '.join(config.reward)}, T = {config.num_steps}"
             if config.num_steps > options.longest:

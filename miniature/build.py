@@ -144,14 +144,19 @@ def optimise(
     return seconds
 
 
+def decoding_loss(vae: AutoencoderTiny, latents: Tensor, noise: float, images: Tensor) -> Tensor:
+    """How far the pictures are from what is decoded from their latents with some noise."""
+    error = vae.decode(latents + noise * torch.randn_like(latents)).sample - images
+    return error.square().mean() + 0.2 * error.abs().mean()
+
+
 def train_autoencoder(vae: AutoencoderTiny, captions: Captions, steps: int, folder: Path) -> float:
     """Fits the autoencoder and sets its scaling factor so that latents have unit standard deviation."""
 
     def loss_of_batch(step: int) -> Tensor:
         _, images = captions.batch()
         latents = vae.encode(images).latents
-        error = vae.decode(latents + 0.1 * torch.randn_like(latents)).sample - images
-        return error.square().mean() + 0.2 * error.abs().mean() + 0.001 * latents.square().mean()
+        return decoding_loss(vae, latents, 0.1, images) + 0.001 * latents.square().mean()
 
     seconds = optimise("autoencoder", [vae], steps, 3e-3, loss_of_batch, captions, folder)
     with torch.no_grad():
@@ -190,8 +195,7 @@ def train_decoder(vae: AutoencoderTiny, captions: Captions, steps: int, folder: 
         _, images = captions.batch()
         with torch.no_grad():
             latents = vae.encode(images).latents
-        error = vae.decode(latents + 0.05 * torch.randn_like(latents)).sample - images
-        return error.square().mean() + 0.2 * error.abs().mean()
+        return decoding_loss(vae, latents, 0.05, images)
 
     return optimise("decoder", [vae.decoder], steps, 2e-3, loss_of_batch, captions, folder)
 

@@ -185,6 +185,14 @@ class Run:
             sys.exit(130)
 
 
+def read_run(run: Path) -> dict:
+    """The settings of a run; ValueError if the folder is none."""
+    try:
+        return json.loads((run / "config.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{run} is no run folder of train.py: {error}") from error
+
+
 def read_metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
