@@ -80,6 +80,9 @@ class Config:
     autocast: Literal["no", "bf16"] = setting("no", "Precision of the UNet's passes; weights and log-probs stay fp32.")
     reward_dtype: Literal["fp32", "bf16", "fp16"] = setting("fp32", "Precision of the reward models; scores stay fp32.")
     tf32: bool = setting(False, "TF32 in fp32 matrix products and convolutions.")
+    deterministic: bool = setting(
+        False, "Deterministic CUDA kernels, slower: the same command twice, or resumed, gives the same on the same GPUs."
+    )
     compile: bool = setting(False, "torch.compile the UNet: minutes at the start, faster epochs.")
     channels_last: bool = setting(False, "Memory layout of the UNet; often faster with 16-bit autocast.")
     gradient_checkpointing: bool = setting(False, "Recompute activations in the backward pass: less memory, slower updates.")
@@ -177,8 +180,9 @@ def check(config: Config, world_size: int) -> None:
         raise ValueError(f"offline: {config.method} is for pictures that theta_old has drawn; use prdp or d3po")
     if config.method == "dpok" and config.reference_on_cpu:
         raise ValueError("reference_on_cpu: dpok asks the reference at every step; use lora_rank, which needs no second UNet")
-    if config.prompts_per_epoch % world_size:
-        raise ValueError(f"prompts_per_epoch={config.prompts_per_epoch} cannot be shared evenly by {world_size} processes")
+    if config.prompts_per_epoch * config.images_per_prompt < world_size:
+        trajectories = f"prompts_per_epoch={config.prompts_per_epoch} x images_per_prompt={config.images_per_prompt}"
+        raise ValueError(f"{trajectories} are fewer trajectories than the {world_size} processes, each of which draws some")
     for name in ("lora_rank", "keep_every", "seed"):
         if getattr(config, name) < 0:
             raise ValueError(f"{name} must be at least 0, not {getattr(config, name)}")

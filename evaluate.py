@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from config import setting
 from plumbing import checkpoint, processes, report
+from plumbing.errors import one_line_errors
 from plumbing.flags import Parser
 from plumbing.pipeline import encode_prompts, pipeline_policy, sample_images
 from plumbing.processes import RANK, WORLD_SIZE, all_gather, say
@@ -51,6 +52,8 @@ class EvaluationConfig:
     num_steps: int = setting(50, "T; with --run its own, unless given.")
     guidance_scale: float = setting(5.0, "w; with --run its own, unless given.")
     eta: float = setting(1.0, "Noise of a step relative to DDPM's; with --run its own, unless given.")
+    autocast: Literal["no", "bf16"] = setting("no", "Precision of the UNet's passes; with --run its own, unless given.")
+    tf32: bool = setting(False, "TF32 in fp32 matrix products and convolutions; with --run its own, unless given.")
     seed: int = setting(0, "Of the noise, and of what SET:500 draws.")
     batch_size: int = setting(64, "Pictures at a time; does not change the result by more than rounding.")
     predicted: int = setting(16, "Prompts of each set on which a run's predicted and actual reward differences are compared.")
@@ -67,6 +70,7 @@ PROTOCOLS = {
         images_per_prompt=64,
     ),
 }
+OF_THE_RUN = ("num_steps", "guidance_scale", "eta", "autocast", "tf32", "prompts_dir", "reward_weights")  # unless given
 MAY_CHANGE = {"batch_size", "prompts_dir", "reward_weights", "pictures", "models", "prompts", "run", "checkpoints", "output_dir"}
 
 
@@ -80,7 +84,7 @@ def parse(argv: list[str]) -> tuple[EvaluationConfig, list[Model]]:
         parser.set_defaults(
             rewards=[name for name, _ in parse_weighted(trained[0]["reward"])],
             output_dir=str(Path(first.run[0], "evaluation")),
-            **{name: trained[0][name] for name in ("num_steps", "guidance_scale", "eta", "prompts_dir", "reward_weights")},
+            **{name: trained[0][name] for name in OF_THE_RUN},
         )
         if first.protocol == "none":
             parser.set_defaults(prompts=[trained[0]["eval_prompts"] or trained[0]["prompts"]])
@@ -128,16 +132,24 @@ def load_set(name: str, config: EvaluationConfig) -> list[str]:
 
 
 def policy_of(pipe, config: EvaluationConfig) -> Policy:
-    return pipeline_policy(pipe, config.num_steps, guidance_scale=config.guidance_scale, eta=config.eta)
+    return pipeline_policy(pipe, config.num_steps, guidance_scale=config.guidance_scale, eta=config.eta, autocast=config.autocast)
 
 
 def score_set(
-    config: EvaluationConfig, results: Results, model: str, pipe, set_name: str, prompts: list[str], rewards: dict[str, Reward]
-) -> None:
-    """Draws and scores what of this process's share of a set is not done yet; holds one batch of pictures at a time."""
-    policy, B, done = policy_of(pipe, config), config.images_per_prompt, results.read(model, set_name, prompts)
+    config: EvaluationConfig, results: Results, model: str, opened: Callable, set_name: str, prompts: list[str],
+    rewards: dict[str, Reward],
+) -> None:  # fmt: skip
+    """Draws and scores what of this process's share of a set is not done yet; holds one batch of pictures at a time.
+
+    opened: a function that opens the model's pipeline, if there is anything left to do.
+    """
+    B, done = config.images_per_prompt, results.read(model, set_name, prompts)
     # The share is of all prompts: the others' scores may appear in `done` before this process asks for it.
     missing = [n for n in range(RANK, len(prompts), WORLD_SIZE) if n not in done]
+    if not missing:
+        return
+    pipe = opened()
+    policy = policy_of(pipe, config)
     at_once = max(1, config.batch_size // B)  # prompts finished together
     bar = tqdm(total=len(missing) * B, desc=f"{model}: {set_name}", unit="pictures", leave=False, disable=RANK > 0)
     for first in range(0, len(missing), at_once):
@@ -166,13 +178,14 @@ def score_set(
         ])  # fmt: skip
 
 
-def predict(
+def all_predict(
     config: EvaluationConfig, results: Results, model: Model, opened: Callable, base: Callable, set_name: str, prompts: list[str]
 ) -> None:
     """Of PRDP, predicted (beta log pi_theta/pi_ref) and actual reward of some of the pictures scored (Eq. 10-13), to disk.
 
-    The trajectories are drawn once more, by their names the same. Leaves out checkpoints, models that were not trained here, and
-    those whose training reward was not evaluated. opened, base: functions that open the model's and the reference's pipeline.
+    The trajectories are drawn once more, by their names the same; every process does its share of the prompts. Leaves out
+    checkpoints, models not trained here, and those whose training reward was not evaluated. opened, base: functions that open the
+    model's and the reference's pipeline.
     """
     done, file = results.read(model.name, set_name, prompts), results.prediction(model.name, set_name)
     parts = parse_weighted(model.run["reward"]) if model.run else []
@@ -180,19 +193,25 @@ def predict(
     known = parts and model.run["method"] == "prdp" and not model.checkpoint and all(name in config.rewards for name, _ in parts)
     if file.exists() or not known or B < 2 or number < 1:
         return
-    pipe, rhat = opened(), []
-    policy, reference = policy_of(pipe, config), policy_of(base(), config)
-    for n in range(number):
-        cond = encode_prompts(pipe, [prompts[n]] * B)
-        drawn = sample_trajectories(policy, cond, [(config.seed, EVALUATION, n, b) for b in range(B)], B)
-        log_probs_ref = log_prob_table(reference, drawn, config.batch_size)
-        rhat.append(log_ratio(drawn.log_probs, log_probs_ref, model.run["step_reduction"]))
-    in_nats = policy.in_nats if model.run["log_prob_reduction"] == "sum" else 1
+
+    def rhat_of_share() -> torch.Tensor:
+        rhat = torch.empty(0, B, dtype=torch.float64)
+        for n in range(RANK * number // WORLD_SIZE, (RANK + 1) * number // WORLD_SIZE):
+            policy, reference = policy_of(opened(), config), policy_of(base(), config)
+            cond = encode_prompts(opened(), [prompts[n]] * B)
+            drawn = sample_trajectories(policy, cond, [(config.seed, EVALUATION, n, b) for b in range(B)], B)
+            log_probs_ref = log_prob_table(reference, drawn, config.batch_size)
+            in_nats = policy.in_nats if model.run["log_prob_reduction"] == "sum" else 1
+            ratio = log_ratio(drawn.log_probs, log_probs_ref, model.run["step_reduction"]) * in_nats
+            rhat = torch.cat([rhat, ratio.unsqueeze(0)])
+        return rhat
+
+    rhat, beta = all_gather(rhat_of_share), model.run["kl_weight"]
     rewards = torch.tensor([[sum(w * done[n]["scores"][name][b] for name, w in parts) for b in range(B)] for n in range(number)])
-    rhat, beta = torch.stack(rhat) * in_nats, model.run["kl_weight"]
     correlation, slope = prediction_quality(rhat, rewards, beta)
     values = {"predicted": (beta * rhat).tolist(), "actual": rewards.tolist()}
-    file.write_text(json.dumps({"correlation": correlation, "slope": slope} | values))
+    if RANK == 0:
+        file.write_text(json.dumps({"correlation": correlation, "slope": slope} | values))
 
 
 def columns(config: EvaluationConfig, models: list[Model]) -> dict[str, dict[str, float]]:
@@ -203,30 +222,21 @@ def columns(config: EvaluationConfig, models: list[Model]) -> dict[str, dict[str
 
 
 def main(argv: list[str]) -> None:
-    with processes.one_line_errors(ValueError, OSError, RewardError):
+    with one_line_errors(ValueError, OSError, RewardError):
         config, models = parse(argv)
-        device = processes.start()
+        device = processes.start(config.tf32)
         sets = {name: load_set(name, config) for name in config.prompts}
         rewards = {name: load_reward(name, config.reward_weights, device) for name in config.rewards}
         results = Results(Path(config.output_dir))
         fixed = {name: value for name, value in dataclasses.asdict(config).items() if name not in MAY_CHANGE}
         processes.all_wait_for_first(lambda: claim(results, fixed, models))
+        processes.all_check_shared(results.output)
         base = functools.cache(lambda: open_model(models[0].folder, models[0].folder, device))
         for model in models:
             opened = functools.cache(lambda model=model: open_model(model.folder, models[0].folder, device))
-
-            def score(model=model, opened=opened) -> torch.Tensor:
-                for set_name, prompts in sets.items():
-                    if len(results.read(model.name, set_name, prompts)) < len(prompts):
-                        score_set(config, results, model.name, opened(), set_name, prompts, rewards)
-                return torch.empty(0)
-
-            def compare(model=model, opened=opened) -> None:
-                for set_name, prompts in sets.items():
-                    predict(config, results, model, opened, base, set_name, prompts)
-
-            all_gather(score)
-            processes.all_wait_for_first(compare)
+            for set_name, prompts in sets.items():
+                processes.all_succeed(lambda: score_set(config, results, model.name, opened, set_name, prompts, rewards))
+                all_predict(config, results, model, opened, base, set_name, prompts)
 
         def conclude() -> None:
             rows = report.write(config, results, models, sets, columns(config, models), argv)

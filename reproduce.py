@@ -21,10 +21,12 @@ import sys
 import time
 from pathlib import Path
 
-from plumbing import checkpoint, plots, processes
+from plumbing import checkpoint, plots
+from plumbing.errors import one_line_errors
 from plumbing.figures import TARGETS, Target
 from plumbing.flags import parse
 from plumbing.jobs import Job, work_off
+from plumbing.processes import say
 from plumbing.prompts import load_prompts
 from plumbing.provenance import provenance
 from plumbing.run import read_metrics
@@ -268,13 +270,13 @@ def reproduce(names: list[str], options) -> None:
         target.draw(target.panels, json.loads(path.read_text()), path.with_suffix(".png"))
         if target.pictures:
             draw_pictures(target, options.results / f"{name}-pictures.png", options)
-        processes.say(f"{target.title}: {path} and {path.with_suffix('.png')}")
+        say(f"{target.title}: {path} and {path.with_suffix('.png')}")
     seconds = time.monotonic() - began
     file = options.results / "time.json"
     earlier = json.loads(file.read_text()) if file.exists() else []
     this = provenance("reproduce.py", options.argv) | {"seconds": round(seconds)}
     file.write_text(json.dumps([*earlier, this], indent=1) + "\n")
-    processes.say(f"all in {seconds / 60:.0f} minutes")
+    say(f"all in {seconds / 60:.0f} minutes")
 
 
 def main(argv: list[str]) -> None:
@@ -290,11 +292,11 @@ def main(argv: list[str]) -> None:
     options.argv, options.seeds = argv, list(dict.fromkeys(options.seeds))
     if options.jobs < 1 or options.lengthen <= 0 or min(options.seeds) < 0:
         parser.error("--jobs must be at least 1, --lengthen above 0 and --seeds at least 0")
-    with processes.one_line_errors(ValueError, OSError):
+    with one_line_errors(ValueError, OSError):
         try:
             reproduce(list(TARGETS) if "all" in options.targets else options.targets, options)
         except KeyboardInterrupt:
-            processes.say("stopped; the same command goes on where it was")
+            say("stopped; the same command goes on where it was")
             sys.exit(130)
 
 

@@ -8,7 +8,8 @@ scores (B,), higher is better. It is never differentiated. `load_reward` makes o
     toy-alignment                 share of the prompt's attributes the picture shows, in [0, 1] (miniature/world.py)
     toy-colourfulness             Hasler and Suesstrunk's measure; ignores the prompt, so it can be hacked (miniature/world.py)
     hpsv2, hpsv2.1, pickscore, aesthetic, clipscore    learned rewards (plumbing/reward_models.py)
-    my_file:my_function           your own function, from a module on the Python path or in the working directory
+    my_file:my_function           your own function, from a module on the Python path or in the working directory; it always gets
+                                  its pictures on the CPU
 
 and `load_rewards(["toy-alignment=1", "toy-colourfulness=0.5"])` makes the weighted sum of several.
 """
@@ -69,7 +70,7 @@ def load_function(name: str) -> Reward:
         raise ValueError(f"reward {name!r}: {error}") from error
     if not callable(reward):
         raise ValueError(f"reward {name!r} is not a function (images, prompts) -> scores")
-    return reward
+    return lambda images, prompts: reward(images.cpu(), prompts)
 
 
 def known_rewards() -> str:

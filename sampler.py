@@ -40,7 +40,7 @@ class Condition(Protocol):
 class Schedule:
     """The noise levels of T steps: before step i the latent is alpha[i] x_0 + s[i] epsilon, after it alpha[i+1] x_0 + ...
 
-    A variance-preserving diffusion has (alpha, s) = (sqrt(alpha_bar), sqrt(1 - alpha_bar)).
+    A variance-preserving diffusion has (alpha, s) = (sqrt(alpha_bar), sqrt(1 - alpha_bar)). All is on the policy's device.
     """
 
     timesteps: Tensor  # (T,) what the network is told, from noise to picture
@@ -63,11 +63,11 @@ class Schedule:
 
     @cached_property
     def noisy(self) -> Tensor:
-        """Indices (S,) into the T steps of those that draw noise.
+        """Indices (S,) into the T steps of those that draw noise, on the CPU.
 
         NOT IN PAPER: a step with sigma = 0, which some schedules end with, has no log-prob and is left out of the table.
         """
-        return self.sigma.nonzero().flatten()
+        return self.sigma.nonzero().flatten().cpu()
 
 
 @dataclass(frozen=True)
@@ -103,11 +103,11 @@ class Trajectories:
 def gaussian(policy: Policy, x_t: Tensor, i: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of x_{t-1} given x_t (Eq. 2; Eq. 12 and 16 of DDIM, arXiv 2010.02502).
 
-    x_t: (M, C, H, W); i: (M,) indices of their steps. Returns mu (M, C, H, W) and sigma (M, 1, 1, 1), at least fp32.
+    x_t: (M, C, H, W); i: (M,) indices of their steps, on its device. Returns mu (M, C, H, W), sigma (M, 1, 1, 1), at least fp32.
     eta = 1 is the DDPM posterior, the paper's sampler: the same mean and the same variance.
     """
     schedule = policy.schedule
-    output = policy.denoise(x_t, schedule.timesteps[i].to(x_t.device), cond)
+    output = policy.denoise(x_t, schedule.timesteps[i], cond)
     x_t = x_t.to(output.dtype)
 
     def of_step(levels: Tensor) -> Tensor:
@@ -153,21 +153,22 @@ def sample_trajectories(
     shared_x_T: the images of a prompt start from the same x_T, so that Z(c, x_T) cancels exactly in Eq. 9.
     keep_on: where the latents are kept; by default where they are drawn.
     """
-    noisy = set(policy.schedule.noisy.tolist())
+    noisy = policy.schedule.noisy.tolist()
     latents, log_probs = [], []
 
     def draw(generators: list[torch.Generator]) -> Tensor:
-        noise = [torch.randn(policy.latent_shape, generator=g, dtype=policy.dtype) for g in generators]
-        return torch.stack(noise).to(policy.device)
+        return torch.stack([torch.randn(policy.latent_shape, generator=g, dtype=policy.dtype) for g in generators])
 
     for start in range(0, len(names), batch_size):
         batch, c = names[start : start + batch_size], cond[start : start + batch_size]
         first = [noise_generator(s, e, n, 0 if shared_x_T else b, stream=0) for s, e, n, b in batch]
         later = [noise_generator(s, e, n, b, stream=1) for s, e, n, b in batch]
-        x, log_prob = [draw(first)], []
+        # All noise of the batch in one copy: a GPU never waits for the CPU between steps.
+        x_T, *noise = torch.stack([draw(first), *(draw(later) for _ in noisy)]).to(policy.device)
+        x, log_prob, noise = [x_T], [], iter(noise)
         for i in range(len(policy.schedule.timesteps)):
-            mu, sigma = gaussian(policy, x[-1], torch.full((len(batch),), i), c)
-            x.append(mu + sigma * draw(later) if i in noisy else mu)
+            mu, sigma = gaussian(policy, x[-1], torch.full((len(batch),), i, device=policy.device), c)
+            x.append(mu + sigma * next(noise) if i in noisy else mu)
             if i in noisy:
                 log_prob.append(gaussian_log_prob(x[-1], mu, sigma, policy.log_prob_reduction))
         latents.append(torch.stack(x, 1).to(keep_on or policy.device))
@@ -176,13 +177,15 @@ def sample_trajectories(
 
 
 def _batches(policy: Policy, trajectories: Trajectories, entries: Tensor, batch_size: int) -> Iterator[tuple]:
-    """Yields (rows, columns, x_t, x_{t-1}, i, cond) of the wanted entries (M, S) of the table, batch_size at a time."""
-    wanted = entries.nonzero()
+    """Yields (which, x_t, x_{t-1}, i, cond) of the wanted entries (M, S) of the table in their order, batch_size at a time."""
+    latents = trajectories.latents
+    wanted, noisy = entries.nonzero().to(latents.device), policy.schedule.noisy.to(latents.device)
     for start in range(0, len(wanted), batch_size):
-        rows, columns = wanted[start : start + batch_size].unbind(1)
-        i = policy.schedule.noisy[columns]
-        x_t, x_prev = (trajectories.latents[rows, at].to(policy.device) for at in (i, i + 1))
-        yield rows, columns, x_t, x_prev, i, trajectories.cond[rows]
+        which = slice(start, start + batch_size)
+        rows, columns = wanted[which].unbind(1)
+        i = noisy[columns]
+        x_t, x_prev = (latents[rows, at].to(policy.device) for at in (i, i + 1))
+        yield which, x_t, x_prev, i.to(policy.device), trajectories.cond[rows]
 
 
 @torch.no_grad()
@@ -191,12 +194,13 @@ def log_prob_table(policy: Policy, trajectories: Trajectories, batch_size: int, 
 
     entries: (M, S) bool, those that are wanted; the others are zero.
     """
-    table = torch.zeros(trajectories.log_probs.shape, dtype=torch.float64)
-    wanted = torch.ones_like(table) if entries is None else entries
-    for rows, columns, x_t, x_prev, i, cond in _batches(policy, trajectories, wanted, batch_size):
-        mu, sigma = gaussian(policy, x_t, i, cond)
-        table[rows, columns] = gaussian_log_prob(x_prev, mu, sigma, policy.log_prob_reduction).cpu()
-    return table
+    wanted = torch.ones(trajectories.log_probs.shape, dtype=torch.bool) if entries is None else entries
+    table = torch.zeros(wanted.shape, dtype=torch.float64)
+    log_probs = [
+        gaussian_log_prob(x_prev, *gaussian(policy, x_t, i, cond), policy.log_prob_reduction)
+        for _, x_t, x_prev, i, cond in _batches(policy, trajectories, wanted, batch_size)
+    ]
+    return table.masked_scatter(wanted, torch.cat(log_probs).cpu()) if log_probs else table
 
 
 def backward_through_table(
@@ -211,14 +215,15 @@ def backward_through_table(
     -> (M,) makes its entries, kl_grad is the derivative by it.
     Returns the recomputed log-probs (M, S), NaN where skipped: at unchanged weights they must equal the table's.
     """
-    recomputed = torch.full_like(table_grad, math.nan)
     used = table_grad != 0 if kl is None else (table_grad != 0) | (kl_grad != 0)
-    for rows, columns, x_t, x_prev, i, cond in _batches(policy, trajectories, used, batch_size):
+    recomputed, log_probs = torch.full_like(table_grad, math.nan), []
+    weights, kl_weights = (None if grad is None else grad[used].to(policy.device) for grad in (table_grad, kl_grad))
+    for which, x_t, x_prev, i, cond in _batches(policy, trajectories, used, batch_size):
         mu, sigma = gaussian(policy, x_t, i, cond)
         log_prob = gaussian_log_prob(x_prev, mu, sigma, policy.log_prob_reduction)
-        total = (log_prob * table_grad[rows, columns].to(log_prob)).sum()
+        total = (log_prob * weights[which]).sum()
         if kl is not None:
-            total = total + (kl(x_t, i, cond, mu, sigma) * kl_grad[rows, columns].to(log_prob)).sum()
+            total = total + (kl(x_t, i, cond, mu, sigma) * kl_weights[which]).sum()
         total.backward()
-        recomputed[rows, columns] = log_prob.detach().cpu().to(recomputed.dtype)
-    return recomputed
+        log_probs.append(log_prob.detach())
+    return recomputed.masked_scatter(used, torch.cat(log_probs).to(recomputed)) if log_probs else recomputed

@@ -2,7 +2,7 @@
 
     python train.py --preset toy                                              # a laptop, minutes: the embedded miniature
     torchrun --nproc_per_node=2 train.py --preset toy --output_dir runs/two   # the same on two processes, GPUs or machines
-    python train.py --resume runs/toy                                         # goes on where a run stopped, bit by bit
+    python train.py --resume runs/toy                                         # goes on where a run stopped, on a CPU bit by bit
     python train.py --help                                                    # every setting
 
 A run folder holds config.json, metrics.jsonl (docs/metrics.md), reward.png, samples/, checkpoints/ and, at the end,
@@ -21,9 +21,10 @@ from comparators.epoch import Epoch, Update
 from config import DTYPES, PRESETS, Config, check
 from plumbing import processes
 from plumbing.describe import describe
+from plumbing.errors import one_line_errors
 from plumbing.flags import parse
 from plumbing.pipeline import count_truncated, ddim_scheduler, encode_prompts, load_pipeline, pipeline_policy, pooled, score
-from plumbing.processes import RANK, WORLD_SIZE, all_gather, all_sum_gradients, say, uninterrupted
+from plumbing.processes import RANK, WORLD_SIZE, Share, all_or_none, all_sum_gradients, say
 from plumbing.prompts import draw_prompts, load_prompts
 from plumbing.run import Run
 from plumbing.trainable import Reference, make_trainable, reference_mean, save_result, trained_parameters
@@ -37,30 +38,30 @@ def train(config: Config, run: Run, pipe, policy: Policy, reference: Reference, 
           comparator: Comparator | None) -> None:
     """Algorithm 1. Numbers at the right are its steps in words (README, "The algorithm").
 
-    Each process draws, scores and differentiates its rows of the N * B trajectories; the (N, B, S) tables are of all.
+    Each process draws, scores and differentiates its share of the N * B trajectories; the (N, B, S) tables are of all.
     """
-    N, B, K = config.prompts_per_epoch, config.images_per_prompt, config.updates_per_epoch
-    rows = slice(RANK * N // WORLD_SIZE * B, (RANK + 1) * N // WORLD_SIZE * B)
+    N, B, S, K = config.prompts_per_epoch, config.images_per_prompt, len(policy.schedule.noisy), config.updates_per_epoch
     for epoch in run.epochs():  # from here on theta_old is what log_probs_old will remember of theta                      # 2
         drawn = draw_prompts(prompts, N, epoch, config.seed)                                                               # 3
-        names = [(config.seed, epoch, n, b) for n in range(N) for b in range(B)][rows]
+        entries = [torch.ones(N, B, S, dtype=torch.bool)] * K if comparator is None else comparator.entries(N, B, S, epoch)
+        share = Share([some.flatten(0, 1).sum(1) for some in entries])
+        names = [(config.seed, epoch, *divmod(row, B)) for row in share.rows.tolist()]
         texts = [drawn[n] for _, _, n, _ in names]
-        cond = encode_prompts(pipe, texts[::B])[torch.arange(len(texts)) // B]
         with reference(policy) if config.offline else nullcontext(policy) as drawing:  # offline (Sec. 4.3): pi_ref draws
-            mine = sample_trajectories(drawing, cond, names, config.sample_batch_size, shared_x_T=config.shared_x_T,       # 4
-                                       keep_on="cpu" if config.latents_on_cpu else None)
+            mine = all_or_none(lambda: sample_trajectories(drawing, encode_prompts(pipe, texts), names,                    # 4
+                config.sample_batch_size, shared_x_T=config.shared_x_T, keep_on="cpu" if config.latents_on_cpu else None))
         run.lap("sample")
-        rewards = all_gather(lambda: score(pipe, mine.x_0, texts, reward, config.sample_batch_size)).view(N, B)            # 5
+        rewards = share.all_gather(lambda: score(pipe, mine.x_0, texts, reward, config.sample_batch_size)).view(N, B)      # 5
         run.lap("reward")
 
-        def table(pi: Policy, entries: torch.Tensor | None = None) -> torch.Tensor:
+        def table(pi: Policy, some: torch.Tensor | None = None) -> torch.Tensor:
             """(N, B, S) log pi(x_{t-1} | x_t, c) of the epoch's trajectories, the same in every process."""
-            wanted = None if entries is None else entries.flatten(0, 1)[rows]
-            return all_gather(lambda: log_prob_table(pi, mine, config.log_prob_batch_size, wanted)).view(N, B, -1)
+            wanted = None if some is None else share.of(some)
+            return share.all_gather(lambda: log_prob_table(pi, mine, config.log_prob_batch_size, wanted)).view(N, B, S)
 
         # What is remembered of theta_old is this table. NOT IN PAPER: with K > 1 it is made again, in the batches
         # of the later ones, so that rounding does not pass for a log-ratio.
-        log_probs_old = all_gather(lambda: mine.log_probs).view(N, B, -1) if K == 1 and not config.offline else table(policy)
+        log_probs_old = table(policy) if K > 1 or config.offline else share.all_gather(lambda: mine.log_probs).view(N, B, S)
         if epoch == 0:  # theta is ref: main() has started it there                                                        # 1
             log_probs_ref = log_probs_old
             run.measure_rounding(mine)
@@ -73,10 +74,10 @@ def train(config: Config, run: Run, pipe, policy: Policy, reference: Reference, 
             return prdp_loss(log_probs, log_probs_old, log_probs_ref, rewards, kl_weight=config.kl_weight,
                              clip_range=config.clip_range, step_reduction=config.step_reduction)
 
-        updates = [Update(torch.ones_like(log_probs_old, dtype=torch.bool), eq_18)] * K
+        updates = [Update(some, eq_18) for some in entries]
         if comparator is not None:  # another method: another loss, on entries of its own choice
-            updates = comparator.updates(Epoch(drawn, rewards, log_probs_old, log_probs_ref, mine, rows, config.seed, epoch))
-        with uninterrupted():
+            updates = comparator.updates(Epoch(drawn, rewards, log_probs_old, log_probs_ref, entries, mine, share, epoch))
+        with run.updating():
             for k, update in enumerate(updates):                                                                           # 6
                 log_probs = log_probs_old.clone()
                 if k > 0:  # theta has moved
@@ -85,8 +86,8 @@ def train(config: Config, run: Run, pipe, policy: Policy, reference: Reference, 
                 # The network lies behind the table: first the derivative by the table, then on, some steps at a time.
                 (table_grad,) = torch.autograd.grad(loss, log_probs)
                 assert not table_grad[~update.entries].any(), "the loss of an update reads entries that are not among its own"
-                recomputed = backward_through_table(policy, mine, table_grad.flatten(0, 1)[rows], config.train_batch_size,
-                                                    update.kl, update.kl_grad.flatten(0, 1)[rows])
+                recomputed = all_or_none(lambda: backward_through_table(
+                    policy, mine, share.of(table_grad), config.train_batch_size, update.kl, share.of(update.kl_grad)))
                 all_sum_gradients(run.trained)
                 grad_norm = torch.nn.utils.clip_grad_norm_(run.trained, config.max_grad_norm)
                 run.check(k, loss, grad_norm, recomputed, mine)
@@ -100,7 +101,8 @@ def load(config: Config, device: torch.device) -> tuple[list[str], list[str], Re
     """Prompts, evaluation prompts, reward and pipeline; ValueError saying what is missing and what would need no download."""
     try:
         if device.type == "cpu" and config.model == Config(**PRESETS[config.preset]).model != "toy":
-            raise ValueError(f"preset {config.preset} finetunes {config.model}, for which a CUDA GPU is missing")
+            model = Config(**PRESETS[config.preset]).model
+            raise ValueError(f"preset {config.preset} finetunes {model}, for which a CUDA GPU is missing (one for every process)")
         prompts = load_prompts(config.prompts, config.prompts_dir)
         eval_prompts = load_prompts(config.eval_prompts, config.prompts_dir) if config.eval_prompts else []
         reward = load_rewards(config.reward, config.reward_weights, device, DTYPES[config.reward_dtype])
@@ -112,10 +114,10 @@ def load(config: Config, device: torch.device) -> tuple[list[str], list[str], Re
 
 
 def main(argv: list[str]) -> None:
-    with processes.one_line_errors(ValueError, OSError):
+    with one_line_errors(ValueError, OSError):
         config = parse(argv)
         check(config, WORLD_SIZE)
-        prompts, eval_prompts, reward, pipe = load(config, processes.start())
+        prompts, eval_prompts, reward, pipe = load(config, processes.start(config.tf32, config.deterministic))
         policy = pipeline_policy(
             pipe, config.num_steps, guidance_scale=config.guidance_scale, eta=config.eta,
             log_prob_reduction=config.log_prob_reduction, autocast=config.autocast,
@@ -125,12 +127,12 @@ def main(argv: list[str]) -> None:
         optimizer = torch.optim.AdamW(trained.values(), config.learning_rate, weight_decay=config.weight_decay, fused=True)
         comparator = comparators.chosen(
             config, policy, text_width=pipe.unet.config.cross_attention_dim, text_of=pooled,
-            mu_ref=reference_mean(policy, reference), all_gather=all_gather, all_sum_gradients=all_sum_gradients,
+            mu_ref=reference_mean(policy, reference), all_sum_gradients=all_sum_gradients,
         )  # fmt: skip
         run = Run(config, pipe, policy, trained, optimizer, comparator.remembers if comparator else {}, eval_prompts, reward)
         say(describe(config, policy, prompts, count_truncated(pipe, prompts), trained))
-    with processes.one_line_errors(OSError, ValueError, RewardError, FloatingPointError):
-        with run.saved_when_stopped(RewardError):
+    with one_line_errors(OSError, ValueError, RewardError, FloatingPointError):
+        with run.saved_when_stopped():
             train(config, run, pipe, policy, reference, optimizer, prompts, reward, comparator)
         if RANK == 0:
             save_result(pipe, ddim_scheduler(pipe.scheduler.config, config.num_steps), run.folder)

@@ -16,8 +16,8 @@ from statistics import fmean
 import torch
 
 from miniature import world
+from plumbing.errors import one_line_errors
 from plumbing.pipeline import decode_latents, load_pipeline, pipeline_policy, sample_images
-from plumbing.processes import one_line_errors
 from plumbing.provenance import provenance
 from sampler import EVALUATION
 

@@ -21,9 +21,10 @@ import comparators
 from comparators.epoch import Epoch
 from config import Config
 from plumbing import processes
+from plumbing.errors import one_line_errors
 from plumbing.flags import parse
 from plumbing.pipeline import encode_prompts, load_pipeline, pipeline_policy, pooled, score
-from plumbing.processes import say
+from plumbing.processes import Share, say
 from plumbing.prompts import draw_prompts, load_prompts
 from plumbing.provenance import provenance
 from plumbing.trainable import make_trainable, trained_parameters
@@ -53,7 +54,7 @@ def gradients(config: Config, policy: Policy, pipe, trained: dict, epochs: int, 
     reward, prompts, collected = load_rewards(config.reward, [], policy.device), load_prompts(config.prompts), []
     method = comparators.chosen(
         config, policy, text_width=pipe.unet.config.cross_attention_dim, text_of=pooled, mu_ref=None,
-        all_gather=processes.all_gather, all_sum_gradients=processes.all_sum_gradients,
+        all_sum_gradients=processes.all_sum_gradients,
     )  # fmt: skip
     if config.method == "dpok":
         method.critic_updates = 200
@@ -73,7 +74,9 @@ def gradients(config: Config, policy: Policy, pipe, trained: dict, epochs: int, 
         rewards = score(pipe, trajectories.x_0, texts, reward, config.sample_batch_size).view(N, B)
         old = log_prob_table(policy, trajectories, config.log_prob_batch_size).view(N, B, -1)
         if method:
-            update = next(method.updates(Epoch(drawn, rewards, old, old, trajectories, slice(0, N * B), seed=epoch, epoch=0)))
+            entries = method.entries(N, B, old.shape[-1], epoch)
+            share = Share([some.flatten(0, 1).sum(1) for some in entries])
+            update = next(method.updates(Epoch(drawn, rewards, old, old, entries, trajectories, share, epoch)))
             loss_of = update.loss  # of DPOK's divergence the gradient at the reference is zero
         else:
             loss_of = functools.partial(
@@ -122,7 +125,7 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     if arguments.epochs < 3:
         parser.error(f"argument --epochs: must be at least 3, not {arguments.epochs}")
-    with processes.one_line_errors(ValueError, OSError):
+    with one_line_errors(ValueError, OSError):
         device = processes.start()
         rows, left_out = {}, {}
         with tqdm(total=len(VARIANTS) * (WARM_UP + arguments.epochs), desc="gradients", unit="epoch") as bar:

@@ -28,9 +28,9 @@ from transformers import CLIPModel, CLIPTextModel
 
 from benchmarks import rehearsal
 from config import Config
+from plumbing.errors import one_line_errors
 from plumbing.flags import parse
 from plumbing.pipeline import Embeddings, ddim_scheduler, unet_policy
-from plumbing.processes import one_line_errors
 from plumbing.provenance import provenance
 from plumbing.trainable import make_trainable, trained_parameters
 from sampler import gaussian, gaussian_log_prob

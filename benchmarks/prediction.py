@@ -18,7 +18,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import Config
-from plumbing import checkpoint, processes
+from plumbing import checkpoint
+from plumbing.errors import one_line_errors
 from plumbing.pipeline import encode_prompts, load_pipeline, pipeline_policy, score
 from plumbing.prompts import draw_prompts, load_prompts
 from plumbing.provenance import provenance
@@ -156,7 +157,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--longest", type=int, default=10, help="T up to which the ceiling is estimated; its cost grows with T^2")
     parser.add_argument("--output", type=Path, required=True, help="a JSON file")
     options = parser.parse_args(argv)
-    with processes.one_line_errors(ValueError, OSError):
+    with one_line_errors(ValueError, OSError):
         measured, ceilings = {}, {}
         for spec in options.runs:
             name, equals, folder = spec.rpartition("=")

@@ -23,7 +23,7 @@ from torch import nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging
 
-from plumbing.processes import one_line_errors
+from plumbing.errors import one_line_errors
 from plumbing.prompts import ANIMALS, ON_THE_HUB
 from plumbing.reward_models import SOURCES
 

@@ -1,7 +1,11 @@
 """The methods that PRDP is compared with, a file each: the loss as a pure function, and its schedule of updates in an epoch.
 
-A further method is one more file, a name in config.py's `method`, and a case here. It has a function `updates`, from an Epoch to
-Updates, and in `remembers`, by name, what outlives an epoch: anything with state_dict() and load_state_dict(), for checkpoints.
+A further method is one more file, a name in config.py's `method`, and a case here. It has
+
+    entries(N, B, S, epoch)   the entries of the (N, B, S) table that each update of an epoch is over, before anything is drawn,
+                              so that the processes can share the work out
+    updates(epoch)            from an Epoch to Updates on these entries
+    remembers                 by name what outlives an epoch: anything with state_dict() and load_state_dict(), for checkpoints
 """
 
 from comparators.d3po import D3PO

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from comparators.epoch import Epoch, Update
+from comparators.epoch import Epoch, Update, parts_of_table, stream
 from config import Config
 
 
@@ -49,15 +49,17 @@ class D3PO:
         self.config = config
         self.remembers = {}
 
+    def entries(self, N: int, B: int, S: int, epoch: int) -> list[Tensor]:
+        pairs = N * B // 2
+        parts = torch.randperm(pairs, generator=stream(self.config.seed, epoch)).tensor_split(self.config.updates_per_epoch)
+        return parts_of_table(parts, pairs, N, B, S)
+
     def updates(self, epoch: Epoch) -> Iterator[Update]:
-        config, pairs = self.config, epoch.rewards.numel() // 2
-        in_pairs = [table.reshape(pairs, 2, -1) for table in (epoch.log_probs_ref, epoch.rewards)]
-        for some in epoch.shuffled(pairs).tensor_split(min(config.updates_per_epoch, pairs)):
+        config = self.config
+        for entries in epoch.entries:
 
-            def loss(log_probs: Tensor, some=some) -> Tensor:
-                ref, rewards = (table[some] for table in in_pairs)
-                log_probs = log_probs.reshape(pairs, 2, -1)[some]
-                return d3po_loss(log_probs, ref, rewards.squeeze(-1), kl_weight=config.kl_weight, clip_range=config.clip_range)
+            def loss(log_probs: Tensor, some=entries[..., 0]) -> Tensor:  # whole pairs, each a prompt of two pictures
+                tables = (table[some].unflatten(0, (-1, 2)) for table in (log_probs, epoch.log_probs_ref, epoch.rewards))
+                return d3po_loss(*tables, kl_weight=config.kl_weight, clip_range=config.clip_range)
 
-            whole = torch.zeros(pairs, dtype=torch.bool).index_fill(0, some, True).repeat_interleave(2).view_as(epoch.rewards)
-            yield Update(whole.unsqueeze(-1).expand_as(epoch.log_probs_old), loss)
+            yield Update(entries, loss)

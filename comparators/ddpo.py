@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from comparators.epoch import Epoch, Update
+from comparators.epoch import Epoch, Update, parts_of_table, stream
 from config import Config
 
 
@@ -74,14 +74,18 @@ class DDPO:
         self.statistics = PromptStatistics(config.statistics_size, config.statistics_min_count)
         self.remembers = {"rewards": self.statistics}
 
+    def entries(self, N: int, B: int, S: int, epoch: int) -> list[Tensor]:
+        parts = torch.randperm(N * B, generator=stream(self.config.seed, epoch)).tensor_split(self.config.updates_per_epoch)
+        return parts_of_table(parts, N * B, N, B, S)
+
     def updates(self, epoch: Epoch) -> Iterator[Update]:
-        config, rows = self.config, epoch.rewards.numel()
+        config = self.config
         if config.reward_statistics == "prompt":
             advantages = self.statistics.advantages(epoch.prompts, epoch.rewards, config.advantage_limit)
         else:
             advantages = batch_advantages(epoch.rewards, config.advantage_limit)
-        for some in epoch.shuffled(rows).tensor_split(min(config.updates_per_epoch, rows)):
-            whole = torch.zeros(rows, dtype=torch.bool).index_fill(0, some, True).view_as(epoch.rewards)  # trajectories
+        for entries in epoch.entries:
+            whole = entries[..., 0]  # trajectories
 
             def loss(log_probs: Tensor, whole=whole) -> Tensor:
                 if config.score_function:
@@ -89,4 +93,4 @@ class DDPO:
                 log_probs_old = epoch.log_probs_old[whole]
                 return importance_sampling_loss(log_probs[whole], log_probs_old, advantages[whole], config.clip_range)
 
-            yield Update(whole.unsqueeze(-1).expand_as(epoch.log_probs_old), loss)
+            yield Update(entries, loss)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from comparators.epoch import Epoch, Update
+from comparators.epoch import Epoch, Update, parts_of_table, stream
 from config import Config
 from sampler import Condition, Policy, Trajectories
 
@@ -64,18 +64,17 @@ class DPOK:
     the last round, without. The critic's text is the mean of the token states.
 
     text_of(cond): a vector of text_width for each of its rows.
-    mu_ref(x_t, i, cond): the reference's means. The collectives are those of plumbing/processes.py.
+    mu_ref(x_t, i, cond): the reference's means. all_sum_gradients: that of plumbing/processes.py.
     """
 
     CRITIC_BATCH, CRITIC_LEARNING_RATE = 256, 1e-4
 
     def __init__(
         self, config: Config, policy: Policy, *, text_width: int, text_of: Callable[[Condition], Tensor],
-        mu_ref: Callable[[Tensor, Tensor, Condition], Tensor],
-        all_gather: Callable[[Callable[[], Tensor]], Tensor], all_sum_gradients: Callable[[Iterable[nn.Parameter]], None],
+        mu_ref: Callable[[Tensor, Tensor, Condition], Tensor], all_sum_gradients: Callable[[Iterable[nn.Parameter]], None],
     ):  # fmt: skip
         self.config, self.policy, self.text_of, self.mu_ref = config, policy, text_of, mu_ref
-        self.all_gather, self.all_sum_gradients = all_gather, all_sum_gradients
+        self.all_sum_gradients = all_sum_gradients
         self.critic_updates = 5
         torch.manual_seed(config.seed)
         inputs, steps = torch.Size(policy.latent_shape).numel() + text_width, len(policy.schedule.noisy)
@@ -92,13 +91,13 @@ class DPOK:
 
     def train_critic(self, epoch: Epoch) -> None:
         """Squared error of V to the final reward, on random steps of all trajectories; every process takes those it holds."""
-        generator, held = epoch.generator, len(epoch.mine.latents)
+        generator = stream(self.config.seed, epoch.epoch)
         for _ in range(self.critic_updates):
             rows = torch.randint(epoch.rewards.numel(), (self.CRITIC_BATCH,), generator=generator)
             columns = torch.randint(epoch.log_probs_old.shape[-1], (self.CRITIC_BATCH,), generator=generator)
-            here = rows // held == epoch.rows.start // held
+            here = torch.isin(rows, epoch.share.rows)
             self.optimizer.zero_grad()
-            values = self.value(epoch.mine, rows[here] % held, columns[here])
+            values = self.value(epoch.mine, torch.searchsorted(epoch.share.rows, rows[here]), columns[here])
             error = values - epoch.rewards.flatten()[rows[here]].to(values)
             ((error**2).sum() / self.CRITIC_BATCH).backward()
             self.all_sum_gradients(self.critic.parameters())
@@ -108,7 +107,8 @@ class DPOK:
     def values(self, epoch: Epoch) -> Tensor:
         """V of every entry of the table of all processes, (N, B, S)."""
         every = torch.ones(epoch.mine.log_probs.shape).nonzero().split(self.CRITIC_BATCH)
-        values = self.all_gather(lambda: torch.cat([self.value(epoch.mine, *some.unbind(1)) for some in every]))
+        mine = epoch.mine.log_probs.shape
+        values = epoch.share.all_gather(lambda: torch.cat([self.value(epoch.mine, *some.unbind(1)) for some in every]).view(mine))
         return values.view_as(epoch.log_probs_old).to(epoch.log_probs_old)
 
     def divergence(self, x_t: Tensor, i: Tensor, cond: Condition, mu: Tensor, sigma: Tensor) -> Tensor:
@@ -123,6 +123,11 @@ class DPOK:
         k = schedule.epsilon_weight - schedule.alpha[1:] * schedule.s[:-1] / schedule.alpha[:-1]
         return noise_difference(mu, mu_ref, k[i].to(mu).view(-1, 1, 1, 1)).flatten(1).double().mean(1)
 
+    def entries(self, N: int, B: int, S: int, epoch: int) -> list[Tensor]:
+        config, order = self.config, torch.randperm(N * B * S, generator=stream(self.config.seed, epoch))
+        parts = (order.roll(-k * config.steps_per_update)[: config.steps_per_update] for k in range(config.updates_per_epoch))
+        return parts_of_table(parts, N * B * S, N, B, S)
+
     def updates(self, epoch: Epoch) -> Iterator[Update]:
         config, log_probs_old = self.config, epoch.log_probs_old
         values = torch.zeros_like(log_probs_old)
@@ -130,11 +135,7 @@ class DPOK:
             self.train_critic(epoch)
             values = self.values(epoch)
         rewards = epoch.rewards.unsqueeze(-1).expand_as(log_probs_old)
-        order = epoch.shuffled(log_probs_old.numel())
-        number = min(config.steps_per_update, len(order))
-        for k in range(config.updates_per_epoch):
-            some = order.roll(-k * number)[:number]
-            entries = torch.zeros(len(order), dtype=torch.bool).index_fill(0, some, True).view_as(log_probs_old)
+        for entries in epoch.entries:
 
             def loss(log_probs: Tensor, entries=entries) -> Tensor:  # of these entries as trajectories of one step each
                 tables = (table[entries].unsqueeze(-1) for table in (log_probs, log_probs_old))
@@ -143,4 +144,4 @@ class DPOK:
                     reward_scale=config.reward_scale, clip_range=config.clip_range,
                 )  # fmt: skip
 
-            yield Update(entries, loss, config.kl_weight / number, self.divergence if config.kl_weight else None)
+            yield Update(entries, loss, config.kl_weight / entries.sum().item(), self.divergence if config.kl_weight else None)

@@ -1,12 +1,33 @@
 """What the loop and a comparator tell each other: of an epoch's trajectories the tables, and back a number of updates on them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from sampler import Condition, Trajectories
+
+
+def stream(seed: int, epoch: int) -> torch.Generator:
+    """The random stream of an epoch's minibatches, the same in every process."""
+    return torch.Generator().manual_seed(seed + 1_000_003 * epoch)
+
+
+def parts_of_table(parts: Iterable[Tensor], groups: int, N: int, B: int, S: int) -> list[Tensor]:
+    """Of an (N, B, S) table that consists of equal groups of neighbouring entries the parts, as masks: some groups each."""
+    empty = torch.zeros(groups, N * B * S // groups, dtype=torch.bool)
+    return [empty.index_fill(0, some, True).view(N, B, S) for some in parts]
+
+
+class Share(Protocol):
+    """Which M of the N * B trajectories this process holds (plumbing/processes.py)."""
+
+    rows: Tensor  # (M,), ascending
+
+    def all_gather(self, produce: Callable[[], Tensor]) -> Tensor:
+        """What every process makes of its M, joined in the order of the N * B."""
 
 
 @dataclass(frozen=True)
@@ -17,19 +38,10 @@ class Epoch:
     rewards: Tensor  # (N, B)
     log_probs_old: Tensor  # (N, B, S)
     log_probs_ref: Tensor  # (N, B, S)
+    entries: list[Tensor]  # (N, B, S), bool, of every update: what the method has said they are
     mine: Trajectories  # the M of the N * B that this process holds
-    rows: slice  # their places among the N * B
-    seed: int  # of the run
+    share: Share  # which they are
     epoch: int
-
-    @property
-    def generator(self) -> torch.Generator:
-        """The random stream of this epoch's minibatches, the same in every process."""
-        return torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
-
-    def shuffled(self, number: int) -> Tensor:
-        """A random order of `number` things."""
-        return torch.randperm(number, generator=self.generator)
 
 
 @dataclass(frozen=True)

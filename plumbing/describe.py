@@ -15,11 +15,13 @@ def describe(config: Config, policy: Policy, prompts: list[str], truncated: int,
     """The batch arithmetic and the units, for people to check."""
     n, b, k = config.prompts_per_epoch, config.images_per_prompt, config.updates_per_epoch
     steps, size = len(policy.schedule.noisy), math.prod(policy.latent_shape)
-    local, micro = n * b * steps // WORLD_SIZE, config.train_batch_size
+    each, micro = -(-n * b // WORLD_SIZE), config.train_batch_size
+    local = each * steps
     lines = [
         f"{n} of {len(prompts)} prompts x {b} images = {n * b} trajectories x {steps} steps = {n * b * steps} log-probs an epoch",
         *([f"{n} prompts x {b * (b - 1) // 2} = {n * b * (b - 1) // 2} pairs in the loss"] if config.method == "prdp" else []),
-        f"{WORLD_SIZE} processes x {n // WORLD_SIZE} prompts = {local} log-probs each = {local // micro} micro-batches of {micro}"
+        f"{each} trajectories in each of {WORLD_SIZE} processes{' at most' if n * b % WORLD_SIZE else ''}"
+        f" = {local} log-probs each = {local // micro} micro-batches of {micro}"
         + (f" and one of {local % micro}" if local % micro else ""),
         f"{config.epochs} epochs x {k} updates = {config.epochs * k} updates"
         f" of {sum(parameter.numel() for parameter in trained.values()):,} parameters",

@@ -20,8 +20,11 @@ from transformers.utils import logging as transformers_logging
 
 import miniature
 from config import DTYPES
+from plumbing.errors import told_of
 from plumbing.reward_models import Reward
 from sampler import Policy, Schedule, sample_trajectories
+
+DECODED = 2**20  # pixels at a time: four pictures of 512 x 512; a decoder takes far more memory for them than a UNet does
 
 
 @dataclass(frozen=True)
@@ -78,16 +81,17 @@ def ddim_scheduler(config: Mapping, num_steps: int) -> DDIMScheduler:
     return scheduler
 
 
-def ddim_schedule(scheduler: DDIMScheduler, eta: float) -> Schedule:
+def ddim_schedule(scheduler: DDIMScheduler, eta: float, device: torch.device | str = "cpu") -> Schedule:
     """The levels of a DDIMScheduler's steps, each ending where the next begins; ValueError for what has no log-prob.
 
     Where T does not divide the number of training steps diffusers itself ends a step at t - 1000 // T, another level.
     """
     if eta <= 0:
         raise ValueError(f"eta must be > 0, not {eta}: a deterministic step has no log-prob (eta=1 is the paper's DDPM)")
-    alpha_bar = torch.cat([scheduler.alphas_cumprod[scheduler.timesteps], scheduler.final_alpha_cumprod.view(1)]).double()
+    alpha_bar = torch.cat([scheduler.alphas_cumprod[scheduler.timesteps], scheduler.final_alpha_cumprod.view(1)])
+    alpha_bar = alpha_bar.to(device).double()
     schedule = Schedule(
-        scheduler.timesteps, alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), eta, scheduler.config.prediction_type,
+        scheduler.timesteps.to(device), alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), eta, scheduler.config.prediction_type,
         scheduler.config.clip_sample_range if scheduler.config.clip_sample else math.inf,
     )  # fmt: skip
     if (schedule.sigma > schedule.s[1:] * (1 + 1e-9)).any():
@@ -106,7 +110,7 @@ def unet_policy(
 ) -> Policy:  # fmt: skip
     """The policy of a UNet on a schedule of T steps."""
     return Policy(
-        GuidedUNet(unet, uncond, guidance_scale, DTYPES[autocast]), ddim_schedule(scheduler, eta),
+        GuidedUNet(unet, uncond, guidance_scale, DTYPES[autocast]), ddim_schedule(scheduler, eta, unet.device),
         (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size), unet.device,
         torch.promote_types(unet.dtype, torch.float32), log_prob_reduction,
     )  # fmt: skip
@@ -144,7 +148,8 @@ def load_pipeline(name: str, device: torch.device) -> DiffusionPipeline:
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval()
-    return pipe.to(device)
+    with told_of(f"the pipeline {name!r}", device):
+        return pipe.to(device)
 
 
 def save_pipeline(pipe: DiffusionPipeline, scheduler: DDIMScheduler, folder: Path) -> None:
@@ -173,11 +178,11 @@ def save_pipeline(pipe: DiffusionPipeline, scheduler: DDIMScheduler, folder: Pat
 
 @torch.no_grad()
 def encode_prompts(pipe: DiffusionPipeline, prompts: Sequence[str] | None) -> Embeddings:
-    """Text embeddings of the prompts; of the empty prompt, as guidance uses it, for None."""
+    """Text embeddings of the prompts, each encoded once; of the empty prompt, as guidance uses it, for None."""
+    different = list(dict.fromkeys(prompts or [""]))
     encoded = pipe.encode_prompt(
-        list(prompts) if prompts is not None else "", device=pipe.unet.device, num_images_per_prompt=1,
-        do_classifier_free_guidance=prompts is None,
-    )  # fmt: skip
+        different, device=pipe.unet.device, num_images_per_prompt=1, do_classifier_free_guidance=prompts is None
+    )
     # (prompt, negative) or, of SDXL, (prompt, negative, pooled, negative pooled)
     states, *pooled = encoded[1::2] if prompts is None else encoded[0::2]
     tensors = {"encoder_hidden_states": states}
@@ -185,7 +190,8 @@ def encode_prompts(pipe: DiffusionPipeline, prompts: Sequence[str] | None) -> Em
         size = (pipe.unet.config.sample_size * pipe.vae_scale_factor,) * 2
         ids = pipe._get_add_time_ids(size, (0, 0), size, states.dtype, pipe.text_encoder_2.config.projection_dim)
         tensors |= {"text_embeds": pooled[0], "time_ids": ids.to(states.device).repeat(len(states), 1)}
-    return Embeddings(tensors)
+    places = {prompt: place for place, prompt in enumerate(different)}
+    return Embeddings(tensors)[torch.tensor([places[prompt] for prompt in prompts or [""]])]
 
 
 def count_truncated(pipe: DiffusionPipeline, prompts: list[str]) -> int:
@@ -199,8 +205,10 @@ def count_truncated(pipe: DiffusionPipeline, prompts: list[str]) -> int:
 
 @torch.no_grad()
 def decode_latents(pipe: DiffusionPipeline, latents: Tensor) -> Tensor:
-    """x_0 latents (M, C, H, W) -> pictures (M, 3, height, width), float in [0, 1]."""
-    images = pipe.vae.decode(latents.to(pipe.device, pipe.vae.dtype) / pipe.vae.config.scaling_factor).sample
+    """x_0 latents (M, C, H, W) -> pictures (M, 3, height, width), float in [0, 1]; as many at a time as make DECODED pixels."""
+    latents = latents.to(pipe.device, pipe.vae.dtype) / pipe.vae.config.scaling_factor
+    at_once = max(1, DECODED // (math.prod(latents.shape[-2:]) * pipe.vae_scale_factor**2))
+    images = torch.cat([pipe.vae.decode(some).sample for some in latents.split(at_once)])
     return (images.float() / 2 + 0.5).clamp(0, 1)
 
 

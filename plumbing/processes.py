@@ -10,25 +10,52 @@ import pickle
 import resource
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from plumbing.errors import complain
+
+Made = TypeVar("Made")
+
 RANK = int(os.environ.get("RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+CONNECTING = 120  # seconds that processes have for finding one another at the start
+WORKING = timedelta(days=7)  # that one may wait for another later on: longer than any evaluation
 
 
-def start() -> torch.device:
-    """Joins the process group, if there is one, and returns this process's device."""
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+def start(tf32: bool = False, deterministic: bool = False) -> torch.device:
+    """Sets torch's precision, joins the other processes, if there are any, and returns this process's device.
+
+    A GPU where every process of this machine has one of its own, else the CPU. ConnectionError if the processes cannot reach one
+    another, ValueError if they have not the same kind of device; where one never comes, the others exit with a line that says so.
+    """
+    place, of = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    device = torch.device("cuda", place) if torch.cuda.device_count() >= of else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is not deterministic with its own choice
+    torch.use_deterministic_algorithms(deterministic)
     if WORLD_SIZE > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        with or_exit(CONNECTING, f"not all of {WORLD_SIZE} processes were there after {CONNECTING} s"), connected():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=WORKING)
+            kinds = all_gather(lambda: torch.tensor([device.type == "cuda"]))
+            if kinds.any() and not kinds.all():
+                without = (~kinds).nonzero().flatten().tolist()
+                raise ValueError(f"processes {without} have no GPU of their own and the others have: give each one, or none")
+            dist.all_reduce(torch.zeros(1, device=device))  # NCCL connects now, and not after an epoch's sampling
+            if device.type == "cuda":
+                torch.cuda.synchronize()
     return device
 
 
@@ -38,43 +65,124 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def all_gather(produce: Callable[[], Tensor]) -> Tensor:
-    """Runs `produce` in every process and returns the results (on the CPU) joined by rank, the same in all.
+@contextmanager
+def or_exit(seconds: float, message: str) -> Iterator[None]:
+    """Ends this process with one line and exit code 2 if the block, wherever it hangs, takes longer."""
 
-    If it raises in one process, the same is raised in all, so that none waits for a result that never comes.
+    def give_up() -> None:
+        complain(ConnectionError(f"{message} (several network interfaces? see docs/stable-diffusion.md, More than one machine)"))
+        os._exit(2)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+@contextmanager
+def connected() -> Iterator[None]:
+    """Around a collective: ConnectionError, in one line, for whatever the libraries raise."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConnectionError(f"another process is gone or cannot be reached: {reason}") from error
+
+
+def all_succeed(produce: Callable[[], object]) -> list:
+    """Runs `produce` in every process and returns the results by rank, the same in all.
+
+    If it raises in one process, that one says so, and the same is raised in all: none waits for a result that never comes.
     """
     if WORLD_SIZE == 1:
-        return produce().cpu()
+        return [produce()]
     parts: list = [None] * WORLD_SIZE
     try:
-        mine = produce().cpu()
+        mine = produce()
     except Exception as error:
+        complain(error)
         mine = error
         try:
             pickle.loads(pickle.dumps(error))
         except Exception:  # some errors do not travel
             mine = RuntimeError(f"{type(error).__name__}: {error}")
-    dist.all_gather_object(parts, mine)
-    for part in parts:
-        if isinstance(part, Exception):
-            raise part
-    return torch.cat(parts)
+            mine.told = True
+    with connected():
+        dist.all_gather_object(parts, mine)
+    failed = [part for part in parts if isinstance(part, Exception)]
+    if failed:
+        raise mine if isinstance(mine, Exception) else failed[0]
+    return parts
+
+
+def all_or_none(produce: Callable[[], Made]) -> Made:
+    """Runs `produce` in every process and returns this one's own result, when all have theirs; see all_succeed."""
+    made = []
+    all_succeed(lambda: made.append(produce()))
+    return made[0]
+
+
+def all_gather(produce: Callable[[], Tensor]) -> Tensor:
+    """The tensors that `produce` makes in every process, on the CPU, joined by rank; see all_succeed."""
+    return torch.cat(all_succeed(lambda: produce().cpu()))
 
 
 def all_wait_for_first(action: Callable[[], object]) -> None:
     """Runs `action` in the first process while the others wait; if it raises there, it raises in all."""
 
-    def part() -> Tensor:
+    def part() -> None:
         if RANK == 0:
             action()
-        return torch.empty(0)
 
-    all_gather(part)
+    all_succeed(part)
+
+
+def all_check_shared(folder: Path) -> None:
+    """ValueError unless every process finds in `folder` what the first one writes there."""
+    sign = folder / f".shared-{all_succeed(lambda: os.urandom(8).hex())[0]}"
+    all_wait_for_first(sign.touch)
+    found = all_succeed(sign.exists)
+    all_wait_for_first(sign.unlink)
+    if not all(found):
+        blind = [rank for rank, there in enumerate(found) if not there]
+        raise ValueError(f"{folder} is another folder for processes {blind}: the machines must share one, over the network")
+
+
+class Share:
+    """Which of R rows of work this process does.
+
+    costs: (R,) for each of several phases of the work, between which the processes wait for one another. Every process has
+    equally many rows, up to one, and of every phase about the same costs.
+    """
+
+    def __init__(self, costs: Sequence[Tensor]):
+        by_row = torch.stack(list(costs), 1).tolist()
+        every: list[list[int]] = [[] for _ in range(WORLD_SIZE)]
+        loads = [[0.0] * len(costs) for _ in every]
+        for row in sorted(range(len(by_row)), key=lambda row: (-max(by_row[row]), by_row[row].index(max(by_row[row])))):
+            fewest = min(map(len, every))
+            free = [rank for rank, rows in enumerate(every) if len(rows) == fewest]
+            rank = min(free, key=lambda rank: sum(load * cost for load, cost in zip(loads[rank], by_row[row], strict=True)))
+            every[rank].append(row)
+            loads[rank] = [load + cost for load, cost in zip(loads[rank], by_row[row], strict=True)]
+        self.rows = torch.tensor(sorted(every[RANK]))
+        self.order = torch.tensor([row for rows in every for row in sorted(rows)])
+
+    def of(self, table: Tensor) -> Tensor:
+        """This process's rows of a table (N, B, ...) whose first two dimensions are the R."""
+        return table.flatten(0, 1)[self.rows]
+
+    def all_gather(self, produce: Callable[[], Tensor]) -> Tensor:
+        """The tensors that `produce` makes of every process's rows, joined in the order of the R rows."""
+        gathered = all_gather(produce)
+        return torch.empty_like(gathered).index_copy_(0, self.order, gathered)
 
 
 def peak_memory_gib() -> float:
     """The most memory this process has held: of its GPU, as torch allocated it, or else resident in RAM."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
@@ -85,13 +193,14 @@ def all_sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         if WORLD_SIZE > 1:
-            dist.all_reduce(parameter.grad)
+            with connected():
+                dist.all_reduce(parameter.grad)
 
 
-def say(message: str, error: bool = False) -> None:
+def say(message: str) -> None:
     """Prints once, whatever the number of processes."""
     if RANK == 0:
-        tqdm.write(message, file=sys.stderr if error else sys.stdout)  # above the progress bar, if there is one
+        tqdm.write(message)  # above the progress bar, if there is one
 
 
 @contextmanager
@@ -105,13 +214,3 @@ def uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, usual)
     if waiting:
         raise KeyboardInterrupt
-
-
-@contextmanager
-def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """Turns what a user can cause into one line on stderr and exit code 2; anything else keeps its traceback."""
-    try:
-        yield
-    except kinds as error:
-        say(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(error).split())}", error=True)
-        sys.exit(2)

@@ -26,6 +26,8 @@ from torchvision.transforms import InterpolationMode
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 from transformers.utils import logging
 
+from plumbing.errors import told_of
+
 Reward = Callable[[Tensor, list[str]], Tensor]
 Embed = Callable[[Tensor], Tensor] | Callable[[list[str]], Tensor]
 
@@ -139,6 +141,7 @@ def hpsv2(local: dict[str, str], device: torch.device, dtype: torch.dtype, name:
         architecture = json.loads(config.read_text())["model_cfg"] if config.exists() else open_clip.get_model_config("ViT-H-14")
         model = open_clip.CLIP(**architecture)
         model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True)["state_dict"])
+    with told_of(f"the reward model {name!r}", device):
         model.requires_grad_(False).to(device, dtype).eval()
     tokenizer = open_clip.get_tokenizer("ViT-H-14")
     size = model.visual.image_size[0]
@@ -157,6 +160,7 @@ def clip(name: str, path: str | None, device: torch.device, dtype: torch.dtype) 
     with explained(name, {name: path} if path else {}):
         model = CLIPModel.from_pretrained(path or source.hub, dtype=torch.float32, use_safetensors=True)
         tokenizer = CLIPTokenizer.from_pretrained(path or source.tokenizer or source.hub)
+    with told_of(f"the reward model {name!r}", device):
         model.requires_grad_(False).to(device, dtype).eval()
     length = model.config.text_config.max_position_embeddings
     size = model.config.vision_config.image_size
@@ -196,6 +200,7 @@ def aesthetic(local: dict[str, str], device: torch.device, dtype: torch.dtype) -
         else:
             state = torch.hub.load_state_dict_from_url(GITHUB, map_location="cpu", weights_only=True, progress=False)
         head.load_state_dict({key.removeprefix("layers."): tensor for key, tensor in state.items()})
+    with told_of("the reward model 'aesthetic'", device):
         head.requires_grad_(False).to(device).eval()
     embed_images, _ = clip("clip", local.get("clip"), device, dtype)
 

@@ -18,10 +18,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import Config
-from plumbing import checkpoint, plots
+from plumbing import checkpoint, plots, processes
 from plumbing.describe import describe_rounding, rounding
+from plumbing.errors import complain
 from plumbing.pipeline import sample_images
-from plumbing.processes import RANK, WORLD_SIZE, all_gather, all_wait_for_first, peak_memory_gib, say
+from plumbing.processes import RANK, WORLD_SIZE, all_gather, all_wait_for_first, say
 from plumbing.reward_models import Reward
 from rdp_loss import log_ratio, prediction_quality
 from sampler import EVALUATION, Policy, Trajectories
@@ -41,12 +42,13 @@ class Run:
         self.parameters, self.optimizer, self.remembers = parameters, optimizer, remembers
         self.trained = list(parameters.values())
         self.folder, self.completed = Path(config.output_dir), 0
+        self.whole = True  # weights, optimiser and what is remembered belong to the completed epochs
         if config.resume:
             self.completed = checkpoint.load(self.folder, parameters, optimizer, remembers)
         self.prepare_folder()
 
     def prepare_folder(self) -> None:
-        """ValueError if another run is there, OSError if it cannot be written."""
+        """ValueError if another run is there or not all processes see the folder, OSError if it cannot be written."""
 
         def prepare() -> None:
             if not self.config.resume and (self.folder / "metrics.jsonl").exists():
@@ -57,6 +59,7 @@ class Run:
             (self.folder / "config.json").write_text(json.dumps(dataclasses.asdict(self.config), indent=1))
 
         all_wait_for_first(prepare)
+        processes.all_check_shared(self.folder)
 
     def epochs(self) -> Iterator[int]:
         """The epochs that are still to be done; before the first of all the untouched model is evaluated."""
@@ -72,14 +75,22 @@ class Run:
             self.lap, self.rounding, self.drift = Stopwatch(), None, None
             yield epoch
 
+    @contextmanager
+    def updating(self) -> Iterator[None]:
+        """Around the updates of an epoch: Ctrl-C waits for their end, and what they have begun to change is not saved."""
+        self.whole = not self.remembers  # methods with a memory change it from the beginning, weights change in check()
+        with processes.uninterrupted():
+            yield
+
     def check(self, k: int, loss: Tensor, grad_norm: Tensor, recomputed: Tensor, mine: Trajectories) -> None:
-        """FloatingPointError if update k is not finite, in every process alike.
+        """FloatingPointError if update k, which is made next, is not finite, in every process alike.
 
         At the first one theta is still theta_old: the log-probs (M, S) recomputed on the way, NaN where they were not, should be
         those of sampling; the largest difference goes into the record.
         """
         if not (loss.isfinite() and grad_norm.isfinite()):
             raise FloatingPointError(f"loss {loss.item()}, gradient norm {grad_norm.item()} in epoch {self.completed + 1}")
+        self.whole = False
         if k == 0:
             self.drift = (recomputed - mine.log_probs).abs().nan_to_num().max()
 
@@ -91,7 +102,7 @@ class Run:
 
         Of the last update: loss, grad_norm, log_probs (N, B, S) before it and its entries.
         """
-        config, self.completed = self.config, self.completed + 1
+        config, self.completed, self.whole = self.config, self.completed + 1, True
         self.lap("update")
         correlation, slope = None, None
         if config.method == "prdp":
@@ -110,7 +121,7 @@ class Run:
             "log_prob_drift": None if config.offline else all_gather(lambda: self.drift.view(1)).max().item(),
             "rounding": self.rounding,
             "grad_norm": grad_norm.item(),
-            "peak_memory_gib": peak_memory_gib(),
+            "peak_memory_gib": processes.peak_memory_gib(),
             "images_per_second": rewards.numel() / sum(self.lap.seconds.values()),
             "eval_reward": None,
             "seconds": self.lap.seconds,
@@ -140,7 +151,7 @@ class Run:
         config, prompts, shown = self.config, self.eval_prompts, []
         if not prompts:
             return None
-        share = range(RANK * len(prompts) // WORLD_SIZE, (RANK + 1) * len(prompts) // WORLD_SIZE)
+        share = range(len(prompts))[RANK::WORLD_SIZE]  # none, where there are fewer prompts than processes
 
         def scores() -> Tensor:
             parts = [torch.empty(0)]
@@ -149,13 +160,15 @@ class Run:
                 batch_prompts, names = [prompts[i] for i in batch], [(config.seed, EVALUATION, i, 0) for i in batch]
                 images = sample_images(self.policy, self.pipe, batch_prompts, names, len(batch))
                 parts.append(self.reward(images, batch_prompts))
-                shown.extend(images[: max(0, 12 - len(shown))])
+                shown.extend((i, image) for i, image in zip(batch, images, strict=True) if i < 12)
             return torch.cat(parts)
 
         rewards = all_gather(scores)
+        pictures = dict(picture for some in processes.all_succeed(lambda: shown) for picture in some)
         if RANK == 0:
+            first = torch.stack([pictures[i] for i in sorted(pictures)])
             file = self.folder / "samples" / f"epoch_{self.completed:06d}.png"
-            plots.grid({f"epoch {self.completed}": torch.stack(shown)}, prompts[: len(shown)], file)
+            plots.grid({f"epoch {self.completed}": first}, prompts[: len(first)], file)
         return rewards.mean().item()
 
     def measure_rounding(self, mine: Trajectories) -> None:
@@ -171,18 +184,22 @@ class Run:
             checkpoint.save(self.folder, self.completed, settings, self.parameters, self.optimizer, self.remembers)
 
     @contextmanager
-    def saved_when_stopped(self, *kinds: type[Exception]) -> Iterator[None]:
-        """Around the epochs: Ctrl-C, and errors of these kinds, which leave the weights whole, save what is completed first."""
+    def saved_when_stopped(self) -> Iterator[None]:
+        """Around the epochs: Ctrl-C, and errors that leave the weights as an epoch has left them, save these first."""
         try:
             yield
-        except kinds:
-            self.save()
+        except (Exception, KeyboardInterrupt) as stopped:
+            if self.whole:
+                try:
+                    self.save()
+                except Exception as error:  # of a broken device not even the weights come back
+                    complain(error)
+                else:
+                    say(f"\nstopped after epoch {self.completed} of {self.config.epochs}; "
+                        f"go on with: python train.py --resume {self.folder}")  # fmt: skip
+            if isinstance(stopped, KeyboardInterrupt):
+                sys.exit(130)
             raise
-        except KeyboardInterrupt:
-            self.save()
-            say(f"\nstopped after epoch {self.completed} of {self.config.epochs}; "
-                f"go on with: python train.py --resume {self.folder}")  # fmt: skip
-            sys.exit(130)
 
 
 def read_run(run: Path) -> dict:
@@ -237,7 +254,7 @@ class Stopwatch:
         self.last = time.perf_counter()
 
     def __call__(self, phase: str) -> None:
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         now = time.perf_counter()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.last

@@ -27,10 +27,8 @@ Reference = Callable[[Policy], AbstractContextManager[Policy]]
 def make_trainable(pipe: DiffusionPipeline, config: Config) -> Reference:
     """Readies pipe.unet in place -> a function that lends pi_ref: `with reference(policy) as pi_ref: ...`.
 
-    Afterwards the parameters that require a gradient are those to train, and torch's TF32 switches are the run's. ValueError for
-    adapters that fit no layer.
+    Afterwards the parameters that require a gradient are those to train. ValueError for adapters that fit no layer.
     """
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
     unet, device = pipe.unet, pipe.unet.device
     if config.channels_last:
         unet.to(memory_format=torch.channels_last)

@@ -119,7 +119,7 @@ def test_a_process_that_starts_late_does_its_own_share(two_models, tmp_path, mon
     for rank, share in enumerate(((0, 3, 6, 9), (1, 4, 7), (2, 5, 8))):
         before = set(results.read("base", "toy-small", prompts))
         monkeypatch.setattr(evaluate, "RANK", rank)
-        evaluate.score_set(config, results, "base", pipe, "toy-small", prompts, rewards)
+        evaluate.score_set(config, results, "base", lambda: pipe, "toy-small", prompts, rewards)
         assert set(results.read("base", "toy-small", prompts)) - before == set(share)
 
 

@@ -1,6 +1,7 @@
 """Every method through the one loop: schedules of updates, gradients with a divergence, processes and resuming."""
 
 import dataclasses
+import math
 from contextlib import nullcontext
 from typing import ClassVar
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from test_sampler import trajectories
 from test_train import metrics, weights
 
+import comparators
 import train
 from comparators.d3po import D3PO
 from comparators.ddpo import DDPO
@@ -18,7 +20,7 @@ from comparators.dpok import DPOK
 from comparators.epoch import Epoch, Update
 from plumbing.flags import parse
 from plumbing.pipeline import pooled
-from plumbing.processes import all_gather, all_sum_gradients
+from plumbing.processes import Share, all_sum_gradients
 from plumbing.trainable import reference_mean
 from sampler import REDUCTIONS, Policy, backward_through_table, gaussian, gaussian_log_prob, log_prob_table
 
@@ -30,57 +32,79 @@ FLAGS = {
 }
 
 
-def an_epoch(pipe, *flags) -> tuple[Epoch, object, Policy]:
-    """An epoch's tables on the small pipeline, with settings and policy."""
+def an_epoch(pipe, *flags) -> tuple[Epoch, DDPO | DPOK | D3PO, Policy]:
+    """An epoch's tables on the small pipeline, with method and policy."""
     policy = make_policy(pipe)
     prompts = [f"a {colour} ring on a black background" for colour in ("red", "white", "cyan")]
     drawn = trajectories(policy, pipe, images=B, prompts=prompts)
     rewards = torch.rand(N, B, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     log_probs = drawn.log_probs.view(N, B, -1)
     tables = log_probs, log_probs - 0.001 * rewards.unsqueeze(-1)
-    return Epoch(prompts, rewards, *tables, drawn, slice(0, N * B), 3, 0), parse(["--preset", "toy", *flags]), policy
+    method = method_of(parse(["--preset", "toy", "--seed", "3", *flags]), policy)
+    epoch = Epoch(prompts, rewards, *tables, method.entries(N, B, 4, 0), drawn, Share([torch.ones(N * B)]), 0)
+    return epoch, method, policy
 
 
-def dpok(settings, policy, mu_ref=None) -> DPOK:
-    return DPOK(
-        settings, policy, text_width=16, text_of=pooled, mu_ref=mu_ref, all_gather=all_gather, all_sum_gradients=all_sum_gradients
-    )
+def method_of(settings, policy, mu_ref=None) -> DDPO | DPOK | D3PO:
+    return comparators.chosen(settings, policy, text_width=16, text_of=pooled, mu_ref=mu_ref, all_sum_gradients=all_sum_gradients)
 
 
-@pytest.mark.parametrize("method, flags", [(DDPO, FLAGS["ddpo"]), (D3PO, FLAGS["d3po"])])
-def test_minibatches_are_disjoint_and_cover_the_epoch(pipe, method, flags):
-    epoch, settings, _ = an_epoch(pipe, *flags.split())
-    updates = list(method(settings).updates(epoch))
-    assert len(updates) == settings.updates_per_epoch
+@pytest.mark.parametrize("name", ["ddpo", "d3po"])
+def test_minibatches_are_disjoint_and_cover_the_epoch(pipe, name):
+    epoch, method, _ = an_epoch(pipe, *FLAGS[name].split())
+    updates = list(method.updates(epoch))
+    assert len(updates) == method.config.updates_per_epoch
     assert torch.equal(sum(update.entries.int() for update in updates), torch.ones(N, B, 4, dtype=torch.int))
     for update in updates:
         whole = update.entries.all(-1)
         assert torch.equal(whole, update.entries.any(-1))  # whole trajectories
-        if method is D3PO:
+        if name == "d3po":
             assert torch.equal(whole[:, 0::2], whole[:, 1::2])  # and whole pairs
         (grad,) = torch.autograd.grad(update.loss(table := epoch.log_probs_old.clone().requires_grad_()), table)
         assert torch.equal(grad != 0, update.entries)
 
 
 def test_minibatches_change_with_the_epoch_and_not_with_the_process(pipe):
-    epoch, settings, _ = an_epoch(pipe, *FLAGS["ddpo"].split())
-    first, again = ([u.entries for u in DDPO(settings).updates(epoch)] for _ in range(2))
+    _, method, policy = an_epoch(pipe, *FLAGS["ddpo"].split())
+    other = method_of(dataclasses.replace(method.config, seed=4), policy)
+    first, again = (method.entries(N, B, 4, 0) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    for change in (dict(seed=4), dict(epoch=1)):
-        assert not torch.equal(first[0], next(DDPO(settings).updates(dataclasses.replace(epoch, **change))).entries)
+    for changed in (method.entries(N, B, 4, 1), other.entries(N, B, 4, 0)):
+        assert not torch.equal(first[0], changed[0])
+
+
+@pytest.mark.parametrize("name, steps, limit", [("ddpo", 50, 1), ("d3po", 20, 1), ("dpok", 50, 1.5)])
+@pytest.mark.parametrize("processes", [2, 7, 8])
+def test_updates_are_shared_out_evenly(pipe, name, steps, limit, processes, monkeypatch):
+    """With the comparators' own presets no process has more than its share of any epoch's updates, to whole trajectories.
+
+    DPOK draws single steps, which go where their trajectory is: the fullest process has up to half more.
+    """
+    method = method_of(parse(["--preset", name]), make_policy(pipe))
+    shape = method.config.prompts_per_epoch, method.config.images_per_prompt, steps
+    monkeypatch.setattr("plumbing.processes.WORLD_SIZE", processes)
+    for epoch in range(3):
+        entries, shares = method.entries(*shape, epoch), []
+        for rank in range(processes):
+            monkeypatch.setattr("plumbing.processes.RANK", rank)
+            shares.append(Share([some.flatten(0, 1).sum(1) for some in entries]))
+        assert torch.equal(torch.cat([share.rows for share in shares]).sort().values, torch.arange(shape[0] * shape[1]))
+        assert {len(share.rows) - shape[0] * shape[1] // processes for share in shares} <= {0, 1}
+        unit = 1 if name == "dpok" else steps
+        fullest = sum(max(share.of(some).sum().item() for share in shares) for some in entries)
+        assert fullest <= limit * sum(math.ceil(some.sum().item() / unit / processes) * unit for some in entries)
 
 
 @pytest.mark.parametrize("critic", ["True", "False"])
 def test_dpok_takes_random_steps_and_subtracts_the_critic(pipe, critic):
-    epoch, settings, policy = an_epoch(pipe, *FLAGS["dpok"].split(), "--critic", critic, "--reward_scale", "2")
-    method = dpok(settings, policy)
+    epoch, method, _ = an_epoch(pipe, *FLAGS["dpok"].split(), "--critic", critic, "--reward_scale", "2")
     updates = list(method.updates(epoch))
     assert len(updates) == 3
     for update in updates:
         assert update.entries.sum() == 20 and update.kl_weight == 0.5 / 20
         (grad,) = torch.autograd.grad(update.loss(table := epoch.log_probs_old.clone().requires_grad_()), table)
         value = torch.zeros(N * B, 4)
-        if settings.critic:
+        if method.config.critic:
             with torch.no_grad():
                 value = method.value(epoch.mine, *torch.ones(N * B, 4).nonzero().unbind(1)).view(N * B, 4)
         advantage = epoch.rewards.view(-1, 1) - value.double()
@@ -89,8 +113,8 @@ def test_dpok_takes_random_steps_and_subtracts_the_critic(pipe, critic):
 
 
 def test_dpok_critic_learns_the_reward(pipe):
-    epoch, settings, policy = an_epoch(pipe, "--method", "dpok")
-    method, every = dpok(settings, policy), torch.ones(N * B, 4).nonzero().unbind(1)
+    epoch, method, _ = an_epoch(pipe, "--method", "dpok")
+    every = torch.ones(N * B, 4).nonzero().unbind(1)
 
     def error() -> float:
         with torch.no_grad():
@@ -125,7 +149,9 @@ def test_gradient_with_a_divergence_equals_autograd(form, reduction):
     table_grad, kl_grad = (torch.randn(drawn.log_probs.shape, generator=generator, dtype=torch.float64) for _ in range(2))
     kl_grad[0], table_grad[:2] = 0, 0  # one trajectory without either, one with the divergence only
 
-    method = dpok(parse(["--kl_form", form]), policy, reference_mean(policy, lambda _: nullcontext(pi_ref)))
+    method = method_of(
+        parse(["--method", "dpok", "--kl_form", form]), policy, reference_mean(policy, lambda _: nullcontext(pi_ref))
+    )
     unet = pipes[1].unet.requires_grad_(True)
     backward_through_table(policy, drawn, table_grad, 4, method.divergence, kl_grad)
     ours = torch.cat([p.grad.flatten() for p in unet.parameters() if p.grad is not None])
@@ -222,9 +248,11 @@ class RewardWeighted:
 
     remembers: ClassVar = {}
 
+    def entries(self, N, B, S, epoch):
+        return [torch.ones(N, B, S, dtype=torch.bool)]
+
     def updates(self, epoch):
-        entries = torch.ones_like(epoch.log_probs_old, dtype=torch.bool)
-        yield Update(entries, lambda table: -(epoch.rewards.unsqueeze(-1) * table).mean())
+        yield Update(epoch.entries[0], lambda table: -(epoch.rewards.unsqueeze(-1) * table).mean())
 
 
 def test_a_loss_of_other_entries_than_its_own_is_noticed(model_folder, tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import train
 from miniature import build
 from miniature.world import alignment
-from plumbing import checkpoint
+from plumbing import checkpoint, processes
 
 TINY = "--preset toy --prompts toy-small --prompts_per_epoch 4 --images_per_prompt 3 --learning_rate 1e-3 --eval_every 2".split()
 CLOCK_AND_MEMORY = ("seconds", "images_per_second", "peak_memory_gib")
@@ -148,11 +148,11 @@ def test_ctrl_c_saves_and_can_be_resumed(model_folder, tmp_path):
 def test_ctrl_c_waits_for_the_end_of_the_updates():
     done = []
     signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it may be ignored
-    with pytest.raises(KeyboardInterrupt), train.uninterrupted():
+    with pytest.raises(KeyboardInterrupt), processes.uninterrupted():
         os.kill(os.getpid(), signal.SIGINT)
         done.append("updates")
     assert done == ["updates"]
-    with train.uninterrupted():
+    with processes.uninterrupted():
         done.append("more")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler and len(done) == 2
 
@@ -239,8 +239,8 @@ def test_wrong_settings(capsys, tmp_path, model_folder, monkeypatch):
         (["--seed", "-1"], "seed must be at least 0"),
     ]:
         assert message in refused(capsys, [*base, *more]), more
-    monkeypatch.setattr(train, "WORLD_SIZE", 3)
-    assert "prompts_per_epoch=4 cannot be shared evenly by 3 processes" in refused(capsys, base)
+    monkeypatch.setattr(train, "WORLD_SIZE", 13)
+    assert "prompts_per_epoch=4 x images_per_prompt=3 are fewer trajectories than the 13 processes" in refused(capsys, base)
 
 
 def test_wrong_prompt_files(capsys, tmp_path, model_folder):
