@@ -99,8 +99,13 @@ def on_two_processes(model_folder, two_models, tmp_path_factory) -> dict[str, On
         cases[method] = ("train", test_methods.arguments(method, model_folder, folder / method, folder))
     models = ["--models", f"base={two_models}/base", f"other={two_models}/other"]
     cases["evaluate"] = ("evaluate", [*test_evaluate.FLAGS, *models, "--output_dir", str(folder / "evaluate")])
+    predicted = ["--run", str(folder / "prdp"), *test_evaluate.PREDICTED, "--output_dir", str(folder / "predicted")]
+    cases["predicted"] = ("evaluate", predicted)
     failing = ["--epochs", "2", "--eval_prompts", "", "--reward", "test_train:bad_on_one_rank"]
     cases["failing"] = ("train", test_train.arguments(model_folder, folder / "failing", *failing))
+    cases["few"] = ("train", test_train.few(model_folder, folder / "few"))
+    exhausting = ["--epochs", "3", "--eval_prompts", "", "--save_every", "100", "--reward", "test_train:exhausting"]
+    cases["exhausting"] = ("train", test_train.arguments(model_folder, folder / "exhausting", *exhausting))
     file = folder / "cases.json"
     file.write_text(json.dumps(cases))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "tests/two_processes.py"]

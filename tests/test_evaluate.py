@@ -27,6 +27,7 @@ TRAINING = (
     "--preset toy --prompts toy-small --eval_prompts= --epochs 3 --save_every 1 --keep_every 1 --prompts_per_epoch 1 "
     "--images_per_prompt 2 --num_steps 3 --reward toy-colourfulness=2 --learning_rate 1e-3 --kl_weight 0.1"
 ).split()
+PREDICTED = "--prompts toy-small:5 --images_per_prompt 2 --predicted 3 --num_steps 3".split()
 CPU = torch.device("cpu")
 
 
@@ -243,6 +244,45 @@ def test_predicted_differences_are_those_of_the_log_ratio(runs, two_models, tmp_
     row = rows_of(out)["tuned", "toy-small", "toy-colourfulness"]
     assert row["prediction_correlation"] == saved["correlation"] and row["prediction_slope"] == saved["slope"]
     assert rows_of(out)["base", "toy-small", "toy-colourfulness"]["prediction_slope"] is None
+
+
+def test_comparison_is_shared_by_the_processes(on_two_processes, tmp_path, monkeypatch):
+    two = on_two_processes["predicted"]
+    assert two.codes == [0, 0], two.errors
+    flags = ["--run", str(on_two_processes["prdp"].folder), *PREDICTED, "--output_dir", str(tmp_path)]
+    evaluate.main(flags)
+    one, other = (Results(folder).prediction("tuned", "toy-small:5") for folder in (tmp_path, two.folder))
+    saved = json.loads(one.read_text())
+    for key, value in json.loads(other.read_text()).items():
+        torch.testing.assert_close(torch.tensor(value), torch.tensor(saved[key]), rtol=1e-2, atol=1e-5)
+
+    one.unlink()
+    shares = []
+    monkeypatch.setattr(evaluate, "WORLD_SIZE", 2)
+    monkeypatch.setattr(evaluate, "all_gather", lambda produce: shares.append(produce()) or torch.zeros(3, 2))
+    for rank in range(2):
+        monkeypatch.setattr(evaluate, "RANK", rank)
+        evaluate.main(flags)
+        one.unlink(missing_ok=True)
+    beta = json.loads((on_two_processes["prdp"].folder / "config.json").read_text())["kl_weight"]
+    assert [len(share) for share in shares] == [1, 2]
+    torch.testing.assert_close(beta * torch.cat(shares), torch.tensor(saved["predicted"], dtype=torch.float64))
+
+
+def test_precision_is_that_of_the_run_unless_given(runs, pipe, tmp_path, monkeypatch):
+    run = shutil.copytree(runs / "whole", tmp_path / "run")
+    settings = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(settings | {"autocast": "bf16", "tf32": True}))
+    config, _ = evaluate.parse(["--run", str(run)])
+    assert (config.autocast, config.tf32) == ("bf16", True)
+    assert evaluate.policy_of(pipe, config).denoise.autocast == torch.bfloat16
+    given, _ = evaluate.parse(["--run", str(run), "--autocast", "no"])
+    assert evaluate.policy_of(pipe, given).denoise.autocast is None
+    monkeypatch.setattr(evaluate, "load_set", lambda *_: (_ for _ in ()).throw(ValueError("enough")))
+    for more, tf32 in (([], True), (["--tf32", "False"], False)):
+        with pytest.raises(SystemExit):
+            evaluate.main(["--run", str(run), *more])
+        assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == tf32
 
 
 def test_runs_checkpoints_and_adapters_open_as_what_was_trained(runs, two_models):

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from conftest import ROOT
@@ -29,6 +30,13 @@ SEVERAL_UPDATES = [*TINY, "--updates_per_epoch", "3", "--clip_range", "3e-3", "-
 
 def arguments(model_folder, run, *more):
     return [*SEVERAL_UPDATES, "--eval_prompts", "toy-small", "--model", str(model_folder), "--output_dir", str(run), *more]
+
+
+def few(model_folder, run):
+    """An epoch of one prompt's three pictures, evaluated on one prompt."""
+    prompt = run.with_suffix(".txt")
+    prompt.write_text("a red ring on a black background\n")
+    return arguments(model_folder, run, "--epochs", "1", "--prompts_per_epoch", "1", "--eval_prompts", str(prompt))
 
 
 def metrics(run: Path) -> list[dict]:
@@ -112,8 +120,66 @@ def bad_on_one_rank(images, prompts):
 def test_failing_reward_in_one_process_stops_all_with_one_message(on_two_processes):
     two = on_two_processes["failing"]
     assert two.codes == [2, 2]
-    errors = [line for text in two.errors for line in text.splitlines() if ": error: " in line]
-    assert len(errors) == 1 and "test_train:bad_on_one_rank" in errors[0] and "raised KeyError" in errors[0]
+    assert ": error" not in two.errors[0]
+    (line,) = [line for line in two.errors[1].splitlines() if ": error" in line]
+    assert "error in process 1 on" in line and "test_train:bad_on_one_rank" in line and "raised KeyError" in line
+
+
+def exhausting(images, prompts):
+    """The toy reward. From the second epoch on the second of two processes is out of memory in its next backward pass."""
+    exhausting.calls = getattr(exhausting, "calls", 0) + 1
+    usual = torch.nn.GroupNorm.forward
+
+    def full(self, x):
+        if not torch.is_grad_enabled():
+            return usual(self, x)
+        torch.nn.GroupNorm.forward = usual
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 1 has a total capacity of 79.15 GiB.")
+
+    if os.environ["RANK"] == "1" and exhausting.calls == 2:
+        torch.nn.GroupNorm.forward = full
+    return alignment(images, prompts)
+
+
+def test_memory_that_ends_in_one_process_stops_all_and_the_epochs_before_are_saved(on_two_processes):
+    two = on_two_processes["exhausting"]
+    assert two.codes == [2, 2]
+    assert "error" not in two.errors[0]
+    (line,) = [line for line in two.errors[1].splitlines() if ": error" in line]
+    assert "in process 1 on" in line and "Tried to allocate 2.00 GiB" in line and "lower --train_batch_size" in line
+    assert checkpoint.read_state(two.folder)["epoch"] == len(metrics(two.folder)) - 1 == 1
+
+
+@pytest.mark.parametrize("flags, passes, saved", [
+    ("--updates_per_epoch 2", 2, True),  # the first update of the second epoch has not been made
+    ("--updates_per_epoch 2", 3, False),  # it has been, and the weights are no epoch's
+    ("--method ddpo --updates_per_epoch 2", 2, False),  # DDPO has remembered rewards of the second epoch
+])  # fmt: skip
+def test_what_an_update_has_begun_to_change_is_not_saved(flags, passes, saved, capsys, model_folder, tmp_path, monkeypatch):
+    usual, left = train.backward_through_table, [None] * passes
+
+    def backward_through_table(*arguments):
+        if not left:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        left.pop()
+        return usual(*arguments)
+
+    monkeypatch.setattr(train, "backward_through_table", backward_through_table)
+    argv = arguments(model_folder, tmp_path / "run", "--epochs", "3", "--eval_prompts", "", "--save_every", "100", *flags.split())
+    assert "CUDA out of memory: lower --train_batch_size" in refused(capsys, argv)
+    assert [checkpoint.epoch_of(folder) for folder in checkpoint.all_checkpoints(tmp_path / "run")] == [1] * saved
+
+
+def test_fewer_prompts_and_trajectories_than_processes_could_share_evenly(on_two_processes, model_folder, tmp_path):
+    two = on_two_processes["few"]
+    assert two.codes == [0, 0], two.errors
+    train.main(few(model_folder, tmp_path / "one"))
+    for one, other in zip(metrics(tmp_path / "one"), metrics(two.folder), strict=True):
+        assert one["eval_reward"] == pytest.approx(other["eval_reward"], abs=1e-5)
+    assert one["reward_mean"] == pytest.approx(other["reward_mean"], abs=1e-5)
+    assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+    pictures = [plt.imread(folder / "samples" / "epoch_000001.png") for folder in (tmp_path / "one", two.folder)]
+    assert abs(pictures[0] - pictures[1]).max() < 0.02
 
 
 def slow_reward(images, prompts):

@@ -1,0 +1,190 @@
+"""Processes that wait, fail or never come: real ones by gloo, each told of in one line."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import ROOT
+
+from plumbing import errors, processes
+
+BEGINNING = """
+import time
+from datetime import timedelta
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from plumbing import processes
+from plumbing.errors import one_line_errors
+from plumbing.processes import RANK
+"""
+
+
+def two(code: str, **environment) -> list[tuple[int, str, str]]:
+    """Runs the code in two processes that know of each other -> exit code, stdout and stderr of each."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        place = {
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": str(free.getsockname()[1]),
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
+        }
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", BEGINNING + code],
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | environment,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=60) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [(process.returncode, *texts) for process, texts in zip(started, said, strict=True)]
+
+
+def error_lines(stderr: str) -> list[str]:
+    assert "Traceback" not in stderr, stderr
+    return [line for line in stderr.splitlines() if ": error" in line]
+
+
+def test_slow_work_is_waited_for_and_every_failure_is_told_where_it_happened(tmp_path):
+    """With a limit of a second in place of the library's half an hour, as it would hold without one of our own."""
+    code = f"""
+dist.distributed_c10d.default_pg_timeout = timedelta(seconds=1)
+folder = Path({str(tmp_path)!r})
+with one_line_errors(ValueError, OSError):
+    processes.start()
+    processes.all_wait_for_first(lambda: time.sleep(2.5))
+    print("waited", processes.all_gather(lambda: torch.tensor([RANK])).tolist(), flush=True)
+    processes.all_check_shared(folder)
+    (folder / str(RANK)).mkdir()
+    try:
+        processes.all_check_shared(folder / str(RANK))
+    except ValueError as error:
+        print("not shared:", error, flush=True)
+    if RANK == 1:
+        raise ValueError("no such thing in the second process")
+    processes.all_gather(lambda: torch.zeros(1))
+"""
+    (code_0, out_0, err_0), (code_1, out_1, err_1) = two(code)
+    for rank, out in enumerate((out_0, out_1)):
+        assert "waited [0, 1]" in out
+        assert f"not shared: {tmp_path / str(rank)} is another folder for processes [1]" in out
+    assert not list(tmp_path.rglob(".shared*"))
+    assert (code_0, code_1) == (2, 2)
+    (line,) = error_lines(err_1)
+    assert f"error in process 1 on {socket.gethostname()}: no such thing in the second process" in line
+    (line,) = error_lines(err_0)
+    assert "error in process 0 on" in line and "another process is gone or cannot be reached" in line
+
+
+def test_a_process_that_never_comes_is_not_waited_for_long():
+    began = time.monotonic()
+    (code, _, err), _ = two("""
+processes.CONNECTING = 2
+if RANK == 0:
+    processes.start()
+""")
+    (line,) = error_lines(err)
+    assert code == 2 and "error in process 0" in line and "not all of 2 processes were there after 2 s" in line
+    assert time.monotonic() - began < 50
+
+
+def test_a_wrong_network_interface_shows_at_the_start():
+    outcomes = two(
+        """
+with one_line_errors(ValueError, OSError):
+    processes.start()
+""",
+        GLOO_SOCKET_IFNAME="nowhere",
+    )
+    for rank, (code, _, err) in enumerate(outcomes):
+        (line,) = error_lines(err)
+        assert code == 2 and f"error in process {rank}" in line and "nowhere" in line
+
+
+class Recorder:
+    """Stands in for torch.distributed: what start() asks of it, in order."""
+
+    def __init__(self, monkeypatch, gpus: int, others_have_gpus: bool):
+        self.calls = []
+        monkeypatch.setattr(processes, "WORLD_SIZE", 2)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: self.calls.append(("set_device", device)))
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: self.calls.append(("synchronize",)))
+        monkeypatch.setattr(torch, "zeros", lambda *_, device: device)  # no such device here
+        monkeypatch.setattr(dist, "is_initialized", lambda: False)
+        monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: self.calls.append(("init", backend, timeout)))
+        monkeypatch.setattr(dist, "all_reduce", lambda tensor: self.calls.append(("all_reduce", tensor)))
+
+        def gathered(parts, mine):
+            parts[:] = [torch.tensor([others_have_gpus]), mine]
+
+        monkeypatch.setattr(dist, "all_gather_object", gathered)
+
+
+def test_nccl_connects_before_any_work(monkeypatch):
+    recorder, gpu = Recorder(monkeypatch, gpus=2, others_have_gpus=True), torch.device("cuda", 1)
+    assert processes.start() == gpu
+    backend = ("init", "cpu:gloo,cuda:nccl", processes.WORKING)
+    assert recorder.calls == [("set_device", gpu), backend, ("all_reduce", gpu), ("synchronize",)]
+    assert timedelta(days=1) < processes.WORKING < timedelta(days=24)  # in milliseconds it has to fit 31 bits
+
+
+def test_a_gpu_is_used_only_where_every_process_of_the_machine_has_one(monkeypatch):
+    recorder = Recorder(monkeypatch, gpus=1, others_have_gpus=False)
+    assert processes.start() == torch.device("cpu")
+    assert recorder.calls == [("init", "gloo", processes.WORKING), ("all_reduce", torch.device("cpu"))]
+    Recorder(monkeypatch, gpus=1, others_have_gpus=True)
+    with pytest.raises(ValueError, match=re.escape("processes [1] have no GPU of their own and the others have")):
+        processes.start()
+
+
+def test_precision_is_set_at_the_start(monkeypatch):
+    for tf32, deterministic in ((True, True), (False, False)):
+        processes.start(tf32, deterministic)
+        assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == tf32
+        assert torch.are_deterministic_algorithms_enabled() == deterministic
+
+
+def backward_through_table(what):
+    raise what
+
+
+@pytest.mark.parametrize(
+    "what", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has. And. More."), MemoryError()]
+)
+def test_out_of_memory_names_the_flag_that_lowers_it(capsys, what):
+    with pytest.raises(SystemExit) as stopped, errors.one_line_errors():
+        backward_through_table(what)
+    (line,) = error_lines(capsys.readouterr().err)
+    assert stopped.value.code == 2 and "lower --train_batch_size" in line and "--gradient_checkpointing" in line
+    assert "More" not in line and ("Tried to allocate 2.00 GiB" in line or isinstance(what, MemoryError))
+
+
+def test_flags_to_lower_are_of_functions_and_settings_that_exist():
+    """errors.LOWER names functions and flags by their names."""
+    from config import Config
+    from evaluate import EvaluationConfig
+
+    code = "".join(path.read_text() for path in (ROOT / "sampler.py", ROOT / "evaluate.py", *(ROOT / "plumbing").glob("*.py")))
+    settings = {f"--{name}" for kind in (Config, EvaluationConfig) for name in kind.__dataclass_fields__}
+    for function, flags in errors.LOWER.items():
+        assert f"def {function}(" in code
+        assert set(re.findall(r"--\w+", flags)) <= settings
