@@ -18,7 +18,7 @@ the mean is 1.64 nats for Stable Diffusion (D = 16384) and 0.0768 nats for the m
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -67,7 +67,10 @@ class Schedule:
 
         NOT IN PAPER: a step with sigma = 0, which some schedules end with, has no log-prob and is left out of the table.
         """
-        return self.sigma.nonzero().flatten().cpu()
+        return self.sigma.cpu().nonzero().flatten()
+
+    def to(self, device: torch.device) -> "Schedule":
+        return replace(self, timesteps=self.timesteps.to(device), alpha=self.alpha.to(device), s=self.s.to(device))
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,16 @@
-"""How much GPU memory a run will need, derived on a machine without a GPU.
+"""How much GPU memory a run will need and how many operations an epoch is, derived on a machine without a GPU.
 
     python -m benchmarks.memory                                          # the recipes of docs/stable-diffusion.md
     python -m benchmarks.memory --preset large-hpsv2 --lora_rank 16 ...  # any flags of train.py
 
 Stable Diffusion v1.4's shape and full-sized reward models are run as tensors without content (torch's FakeTensorMode) through
-the passes of one epoch, and the storages that are alive are added up. That is the memory of tensors: the CUDA context, the
-workspaces of cuDNN and the allocator's fragmentation come on top, and a kernel on a GPU may need other temporary tensors than
-the same operation here.
+the passes of one epoch, and the storages that are alive are added up; normalisations compute in fp32, as under CUDA's autocast.
+That is the memory of tensors: the CUDA context, the workspaces of cuDNN and the allocator's fragmentation come on top, and a
+kernel on a GPU may need other temporary tensors than the same operation here.
+
+Operations are those of the UNet in an epoch of PRDP: a pass to draw each step, one for the reference, with K > 1 one more for
+theta_old and for every further update, and three in every update (two with adapters). Decoding, rewards and what gradient
+checkpointing computes again do not count.
 """
 
 import argparse
@@ -27,10 +31,11 @@ from torch.utils._pytree import tree_leaves
 from transformers import CLIPModel, CLIPTextModel
 
 from benchmarks import rehearsal
+from benchmarks.speed import flops_of
 from config import Config
 from plumbing.errors import one_line_errors
 from plumbing.flags import parse
-from plumbing.pipeline import Embeddings, ddim_scheduler, unet_policy
+from plumbing.pipeline import Embeddings, ddim_scheduler, decode_latents, unet_policy
 from plumbing.provenance import provenance
 from plumbing.trainable import make_trainable, trained_parameters
 from sampler import gaussian, gaussian_log_prob
@@ -93,8 +98,15 @@ def reward_models(config: Config, sizes: dict) -> list[torch.nn.Module]:
     return [makers[name]() for name in names if name in makers]
 
 
+def passes(config: Config) -> int:
+    """Passes of single steps through the UNet in an epoch of PRDP; a backward pass is two, or one of adapters."""
+    K = config.updates_per_epoch
+    of_each = 2 + (K if K > 1 else 0) + K * (2 if config.lora_rank else 3)
+    return config.prompts_per_epoch * config.images_per_prompt * config.num_steps * of_each
+
+
 def derive(config: Config, shape: str = "full") -> dict[str, float]:
-    """Peak GiB of every phase of an epoch on one GPU, and what of it is resident throughout."""
+    """Peak GiB of every phase of an epoch on one GPU, what of it is resident throughout, and an epoch's operations."""
     sizes, scheduler = rehearsal.PIPELINES[shape], ddim_scheduler(DDIMScheduler().config, config.num_steps)
     with torch.device("meta"):
         text = CLIPTextModel(rehearsal.CLIPTextConfig(vocab_size=49408, **sizes["text"]))
@@ -102,6 +114,9 @@ def derive(config: Config, shape: str = "full") -> dict[str, float]:
     unet, vae = UNet2DConditionModel(**sizes["unet"]).eval(), AutoencoderKL(**rehearsal.VAE_BLOCKS, **sizes["vae"])
     for module in (unet, vae):
         module.requires_grad_(False)
+    for module in unet.modules():  # CUDA's autocast makes these fp32; the CPU's, which is at work here, leaves them as they come
+        if isinstance(module, torch.nn.GroupNorm | torch.nn.LayerNorm):
+            module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
     pipe = SimpleNamespace(unet=unet)
     make_trainable(pipe, dataclasses.replace(config, compile=False))
     trained = list(trained_parameters(pipe).values())
@@ -129,7 +144,8 @@ def derive(config: Config, shape: str = "full") -> dict[str, float]:
 
         @torch.no_grad()
         def decode() -> None:
-            vae.decode(torch.empty(config.sample_batch_size, channels, side, side))
+            latents = torch.empty(config.sample_batch_size, channels, side, side)
+            decode_latents(SimpleNamespace(vae=vae, vae_scale_factor=8, device=latents.device), latents)
 
         def update() -> None:
             x_t, i, cond = inputs(config.train_batch_size)
@@ -147,6 +163,7 @@ def derive(config: Config, shape: str = "full") -> dict[str, float]:
         moments = 2 * 4 * sum(parameter.numel() for parameter in trained) / GIB
         visiting = size_of(unet) if config.reference_on_cpu else 0
         return {
+            "exaflop_per_epoch": passes(config) * flops_of(lambda: policy.denoise(*inputs(1))) / 1e18,
             "resident": waiting + moments,
             "sample": waiting + moments + peak_of(sample),
             "reward": waiting + moments + peak_of(decode),
@@ -168,10 +185,10 @@ def main(argv: list[str]) -> None:
             result = provenance("-m benchmarks.memory", argv) | {"how": how, "unit": "GiB", "results": rows}
             Path(arguments.output).write_text(json.dumps(result, indent=1) + "\n")
     phases = ["resident", "sample", "reward", "reference", "update"]
-    print(f"| GiB, derived | {' | '.join(phases)} |")
-    print("|---" * (1 + len(phases)) + "|")
+    print(f"| GiB, derived | {' | '.join(phases)} | EFLOP an epoch |")
+    print("|---" * (2 + len(phases)) + "|")
     for row in rows:
-        print(f"| {row['name']} | {' | '.join(f'{row[phase]:.1f}' for phase in phases)} |")
+        print(f"| {row['name']} | {' | '.join(f'{row[phase]:.1f}' for phase in phases)} | {row['exaflop_per_epoch']:.3g} |")
 
 
 if __name__ == "__main__":

@@ -16,11 +16,13 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -33,14 +35,20 @@ from plumbing.provenance import provenance
 EPOCHS = 3
 
 
+@torch.no_grad()
+def flops_of(run: Callable[[], object]) -> int:
+    """Floating point operations of `run`; attention counts as its matrix products, which is how torch's counter knows it."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        run()
+    return counter.get_total_flops()
+
+
 def flops_per_entry(config: Config) -> int:
     """Floating point operations of the UNet for one (trajectory, step), guidance included."""
     pipe = load_pipeline(config.model, torch.device("cpu"))
     policy = pipeline_policy(pipe, config.num_steps, guidance_scale=config.guidance_scale, eta=config.eta)
     cond = encode_prompts(pipe, ["a prompt"])
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        policy.denoise(torch.randn(1, *policy.latent_shape), torch.ones(1, dtype=torch.long), cond)
-    return counter.get_total_flops()
+    return flops_of(lambda: policy.denoise(torch.randn(1, *policy.latent_shape), torch.ones(1, dtype=torch.long), cond))
 
 
 def ceiling(config: Config) -> float:

@@ -81,17 +81,16 @@ def ddim_scheduler(config: Mapping, num_steps: int) -> DDIMScheduler:
     return scheduler
 
 
-def ddim_schedule(scheduler: DDIMScheduler, eta: float, device: torch.device | str = "cpu") -> Schedule:
+def ddim_schedule(scheduler: DDIMScheduler, eta: float) -> Schedule:
     """The levels of a DDIMScheduler's steps, each ending where the next begins; ValueError for what has no log-prob.
 
     Where T does not divide the number of training steps diffusers itself ends a step at t - 1000 // T, another level.
     """
     if eta <= 0:
         raise ValueError(f"eta must be > 0, not {eta}: a deterministic step has no log-prob (eta=1 is the paper's DDPM)")
-    alpha_bar = torch.cat([scheduler.alphas_cumprod[scheduler.timesteps], scheduler.final_alpha_cumprod.view(1)])
-    alpha_bar = alpha_bar.to(device).double()
+    alpha_bar = torch.cat([scheduler.alphas_cumprod[scheduler.timesteps], scheduler.final_alpha_cumprod.view(1)]).double()
     schedule = Schedule(
-        scheduler.timesteps.to(device), alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), eta, scheduler.config.prediction_type,
+        scheduler.timesteps, alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), eta, scheduler.config.prediction_type,
         scheduler.config.clip_sample_range if scheduler.config.clip_sample else math.inf,
     )  # fmt: skip
     if (schedule.sigma > schedule.s[1:] * (1 + 1e-9)).any():
@@ -110,7 +109,7 @@ def unet_policy(
 ) -> Policy:  # fmt: skip
     """The policy of a UNet on a schedule of T steps."""
     return Policy(
-        GuidedUNet(unet, uncond, guidance_scale, DTYPES[autocast]), ddim_schedule(scheduler, eta, unet.device),
+        GuidedUNet(unet, uncond, guidance_scale, DTYPES[autocast]), ddim_schedule(scheduler, eta).to(unet.device),
         (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size), unet.device,
         torch.promote_types(unet.dtype, torch.float32), log_prob_reduction,
     )  # fmt: skip
