@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: on tensors this small a second thread waits more than it works
+if "-m gpu" not in " ".join(sys.argv):  # tests are of the CPU, but for those of test_gpu.py
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -118,3 +120,15 @@ def on_two_processes(model_folder, two_models, tmp_path_factory) -> dict[str, On
         name: OnTwo(folder / name, [rank[name]["code"] for rank in ranks], [rank[name]["errors"] for rank in ranks])
         for name in cases
     }
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a GPU, and is run by `make test-gpu` only")
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file's tests share what they have made, so one worker runs them; those on two processes share one start of these."""
+    for item in items:
+        group = "two" if "on_two_processes" in item.fixturenames else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))

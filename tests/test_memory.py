@@ -39,8 +39,13 @@ def tinier(monkeypatch):
     monkeypatch.setitem(memory.rehearsal.PIPELINES, "tiny", shape)
 
 
-def test_options_save_what_they_should():
-    usual = memory.derive(parse(FLAGS), "tiny")
+def test_options_save_what_they_should(monkeypatch):
+    norms, group_norm, layer_norm = set(), torch.nn.functional.group_norm, torch.nn.functional.layer_norm
+    with monkeypatch.context() as patch:  # under bf16 autocast, by CUDA's rules: tests/test_fake_cuda.py
+        patch.setattr(torch.nn.functional, "group_norm", lambda x, *rest: norms.add(x.dtype) or group_norm(x, *rest))
+        patch.setattr(torch.nn.functional, "layer_norm", lambda x, *rest: norms.add(x.dtype) or layer_norm(x, *rest))
+        usual = memory.derive(parse(FLAGS), "tiny")
+    assert norms == {torch.float32}
     with torch.device("meta"):
         unet = memory.UNet2DConditionModel(**memory.rehearsal.PIPELINES["tiny"]["unet"])
     size = memory.size_of(unet)
@@ -62,14 +67,24 @@ def test_options_save_what_they_should():
     assert adapters["resident"] < usual["resident"] - 2.9 * size  # no reference, hardly any moments
 
 
+def test_passes_of_an_epoch():
+    entries = 32 * 16 * 50
+    assert memory.passes(parse([])) == entries * (1 + 1 + 1 + 9 + 10 * 3)  # drawn, reference, old, again, updates
+    assert memory.passes(parse(["--updates_per_epoch", "1"])) == entries * (1 + 1 + 3)
+    assert memory.passes(parse(["--updates_per_epoch", "1", "--lora_rank", "2"])) == entries * (1 + 1 + 2)
+    assert memory.flops_of(lambda: torch.ones(2, 3) @ torch.ones(3, 4)) == 2 * 2 * 3 * 4
+    attention = torch.nn.functional.scaled_dot_product_attention
+    assert memory.flops_of(lambda: attention(*torch.ones(3, 1, 1, 5, 7))) == 2 * (2 * 5 * 5 * 7)
+
+
 def test_table_and_json(capsys, tmp_path, monkeypatch):
     """What derive() says of these flags and this shape, tested above, is printed and written."""
-    derived = {"resident": 1.25, "sample": 2.25, "reward": 3.25, "reference": 4.25, "update": 5.25}
+    derived = {"exaflop_per_epoch": 1.5, "resident": 1.25, "sample": 2.25, "reward": 3.25, "reference": 4.25, "update": 5.25}
     asked = []
     monkeypatch.setattr(memory, "derive", lambda *how: asked.append(how) or derived)
     memory.main(["--shape", "tiny", "--output", str(tmp_path / "memory.json"), "--preset", "toy"])
     assert asked == [(parse(["--preset", "toy"]), "tiny")]
-    assert "| these flags | 1.2 | 2.2 | 3.2 | 4.2 | 5.2 |" in capsys.readouterr().out
+    assert "| these flags | 1.2 | 2.2 | 3.2 | 4.2 | 5.2 | 1.5 |" in capsys.readouterr().out
     result = json.loads((tmp_path / "memory.json").read_text())
     assert "not measured" in result["how"]
     assert result["results"] == [{"name": "these flags", "flags": "--preset toy"} | derived]
