@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint results
+.PHONY: demo test test-gpu lint results
 .DELETE_ON_ERROR:
 
 EVALUATE := --prompts toy-small toy-heldout-one toy-heldout-two --rewards toy-alignment toy-colourfulness --checkpoints
@@ -10,7 +10,10 @@ GUIDED := --guidance_scale 3
 demo: runs/demo/evaluation/report.html
 
 test: .venv/installed
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup tests
+
+test-gpu: .venv/installed
+	$(BIN)/python -m pytest -q -s -m gpu tests
 
 lint: .venv/installed
 	$(BIN)/ruff check .

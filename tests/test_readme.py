@@ -10,7 +10,7 @@ from conftest import ROOT
 from safetensors.torch import load_file
 from test_house import ROOMS
 
-from benchmarks.memory import RECIPES
+from benchmarks.memory import RECIPES, passes
 from config import PRESETS, Config
 from miniature import WEIGHTS, build, world
 from plumbing.figures import TARGETS
@@ -302,4 +302,13 @@ def test_presets_weights_and_recipes_are_the_codes():
         assert max(rows[name][phase] for phase in ("sample", "reward", "reference", "update")) < 0.9 * limit
     for name, row in rows.items():
         numbers = " | ".join(f"{row[phase]:.1f}" for phase in ("sample", "reward", "reference", "update"))
-        assert f"| {name} | {numbers} |" in STABLE_DIFFUSION
+        assert f"| {name} | {numbers} | {row['exaflop_per_epoch']:.3g} |" in STABLE_DIFFUSION
+    small, large = (rows[f"paper, {scale} scale"]["exaflop_per_epoch"] for scale in ("small", "large"))
+    a_pass = small / passes(Config())
+    prose = " ".join(STABLE_DIFFUSION.split())
+    for text in (
+        f"is {small:.3g} EFLOP at the small scale, in strict fp32, and {large:.3g} at the large one",
+        f"reach 20 and 100 TFLOP/s {small * 1e6 / 8 / 20 / 3600:.1f} hours and {large * 1e6 / 8 / 100 / 60:.1f} minutes",
+        f"`evaluate.py` is {(500 + 500 + 4 * 800) * 64 * 50 * 2 * a_pass:.1f} EFLOP for two models",
+    ):
+        assert text in prose, text

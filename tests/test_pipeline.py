@@ -1,0 +1,62 @@
+"""plumbing/pipeline.py: what it does a few at a time, once, or not at all."""
+
+import pytest
+import torch
+from test_reward_models import weights  # noqa: F401
+
+from miniature import WEIGHTS
+from plumbing import pipeline
+from plumbing.pipeline import decode_latents, encode_prompts, load_pipeline, score
+from plumbing.reward_models import clip, hpsv2
+from rewards import load_reward
+
+
+def test_pictures_are_decoded_a_few_at_a_time(pipe, monkeypatch):
+    """DECODED pixels, whatever the batch; pictures and scores are those of all at once."""
+    latents = torch.randn(7, *(pipe.unet.config.in_channels, 8, 8), generator=torch.Generator().manual_seed(0))
+    whole, batches, decode = decode_latents(pipe, latents), [], pipe.vae.decode
+    assert whole.shape == (7, 3, 32, 32)
+    monkeypatch.setattr(pipe.vae, "decode", lambda some: batches.append(len(some)) or decode(some))
+    monkeypatch.setattr(pipeline, "DECODED", 3 * 32 * 32 + 5)
+    torch.testing.assert_close(decode_latents(pipe, latents), whole, rtol=0, atol=1e-5)
+    assert batches == [3, 3, 1]
+    scores = score(pipe, latents, ["a"] * 7, lambda images, texts: images.mean((1, 2, 3)), 6)
+    assert batches == [3, 3, 1, 3, 3, 1]
+    torch.testing.assert_close(scores, whole.mean((1, 2, 3)), rtol=0, atol=1e-5)
+    monkeypatch.setattr(pipeline, "DECODED", 1)  # a picture larger than that still is one
+    assert len(decode_latents(pipe, latents[:2])) == 2 and batches[-2:] == [1, 1]
+
+
+def test_a_prompt_is_encoded_once(pipe, monkeypatch):
+    seen, forward = [], type(pipe.text_encoder).forward
+    monkeypatch.setattr(
+        type(pipe.text_encoder), "forward", lambda self, ids, *a, **k: seen.append(len(ids)) or forward(self, ids, *a, **k)
+    )
+    prompts = ["a red ring", "a blue disc", "a red ring", "a red ring"]
+    states = encode_prompts(pipe, prompts).tensors["encoder_hidden_states"]
+    assert seen == [2]
+    for prompt, state in zip(prompts, states, strict=True):
+        torch.testing.assert_close(encode_prompts(pipe, [prompt]).tensors["encoder_hidden_states"][0], state)
+
+
+def test_a_device_that_does_not_take_weights_is_named_and_no_file_is_missed(weights):  # noqa: F811
+    gpu = torch.device("cuda", 0)  # conftest.py hides it, if there is one
+    for what, load in (
+        ("the reward model 'hpsv2'", lambda: hpsv2(weights, gpu, torch.float32)),
+        ("the reward model 'clip'", lambda: clip("clip", weights["clip"], gpu, torch.float32)),
+        ("the reward model 'aesthetic'", lambda: load_reward("aesthetic", [f"{n}={p}" for n, p in weights.items()], gpu)),
+        (f"the pipeline '{WEIGHTS}'", lambda: load_pipeline("toy", gpu)),
+    ):
+        with pytest.raises(ValueError, match=f"cuda:0 did not take {what}: ") as error:
+            load()
+        assert "reward weights" not in str(error.value)
+
+
+def test_an_own_reward_gets_its_pictures_on_the_cpu(monkeypatch):
+    """From wherever they are: here a device without content."""
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: torch.ones(tensor.shape))
+    assert load_reward("test_pipeline:mean")(torch.empty(2, 3, 4, 4, device="meta"), ["a", "b"]).tolist() == [1.0, 1.0]
+
+
+def mean(images, prompts):
+    return images.numpy().mean((1, 2, 3))
