@@ -10,7 +10,7 @@ GUIDED := --guidance_scale 3
 demo: runs/demo/evaluation/report.html
 
 test: .venv/installed
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup tests
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
 test-gpu: .venv/installed
 	$(BIN)/python -m pytest -q -s -m gpu tests

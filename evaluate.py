@@ -187,11 +187,11 @@ def all_predict(
     checkpoints, models not trained here, and those whose training reward was not evaluated. opened, base: functions that open the
     model's and the reference's pipeline.
     """
-    done, file = results.read(model.name, set_name, prompts), results.prediction(model.name, set_name)
+    file = results.prediction(model.name, set_name)
     parts = parse_weighted(model.run["reward"]) if model.run else []
     number, B = min(config.predicted, len(prompts)), min(config.images_per_prompt, 8)
     known = parts and model.run["method"] == "prdp" and not model.checkpoint and all(name in config.rewards for name, _ in parts)
-    if file.exists() or not known or B < 2 or number < 1:
+    if not known or B < 2 or number < 1 or processes.all_succeed(file.exists)[0]:  # as the first process sees it
         return
 
     def rhat_of_share() -> torch.Tensor:
@@ -207,11 +207,17 @@ def all_predict(
         return rhat
 
     rhat, beta = all_gather(rhat_of_share), model.run["kl_weight"]
-    rewards = torch.tensor([[sum(w * done[n]["scores"][name][b] for name, w in parts) for b in range(B)] for n in range(number)])
-    correlation, slope = prediction_quality(rhat, rewards, beta)
-    values = {"predicted": (beta * rhat).tolist(), "actual": rewards.tolist()}
-    if RANK == 0:
-        file.write_text(json.dumps({"correlation": correlation, "slope": slope} | values))
+
+    def write() -> None:
+        done = results.read(model.name, set_name, prompts)
+        rewards = [[sum(w * done[n]["scores"][name][b] for name, w in parts) for b in range(B)] for n in range(number)]
+        correlation, slope = prediction_quality(rhat, torch.tensor(rewards), beta)
+        unfinished = file.with_suffix(".unfinished")
+        values = {"correlation": correlation, "slope": slope, "predicted": (beta * rhat).tolist(), "actual": rewards}
+        unfinished.write_text(json.dumps(values))
+        unfinished.replace(file)
+
+    processes.all_wait_for_first(write)
 
 
 def columns(config: EvaluationConfig, models: list[Model]) -> dict[str, dict[str, float]]:
@@ -236,6 +242,7 @@ def main(argv: list[str]) -> None:
             opened = functools.cache(lambda model=model: open_model(model.folder, models[0].folder, device))
             for set_name, prompts in sets.items():
                 processes.all_succeed(lambda: score_set(config, results, model.name, opened, set_name, prompts, rewards))
+                processes.all_wait_for_first(lambda: results.wait_for(model.name, set_name, prompts))
                 all_predict(config, results, model, opened, base, set_name, prompts)
 
         def conclude() -> None:

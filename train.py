@@ -24,7 +24,7 @@ from plumbing.describe import describe
 from plumbing.errors import one_line_errors
 from plumbing.flags import parse
 from plumbing.pipeline import count_truncated, ddim_scheduler, encode_prompts, load_pipeline, pipeline_policy, pooled, score
-from plumbing.processes import RANK, WORLD_SIZE, Share, all_or_none, all_sum_gradients, say
+from plumbing.processes import WORLD_SIZE, Share, all_or_none, all_sum_gradients, say
 from plumbing.prompts import draw_prompts, load_prompts
 from plumbing.run import Run
 from plumbing.trainable import Reference, make_trainable, reference_mean, save_result, trained_parameters
@@ -134,8 +134,8 @@ def main(argv: list[str]) -> None:
     with one_line_errors(OSError, ValueError, RewardError, FloatingPointError):
         with run.saved_when_stopped():
             train(config, run, pipe, policy, reference, optimizer, prompts, reward, comparator)
-        if RANK == 0:
-            save_result(pipe, ddim_scheduler(pipe.scheduler.config, config.num_steps), run.folder)
+        scheduler = ddim_scheduler(pipe.scheduler.config, config.num_steps)
+        processes.all_wait_for_first(lambda: save_result(pipe, scheduler, run.folder))
     say(f"the finetuned pipeline is in {run.folder / 'pipeline'}, the curve in {run.folder / 'reward.png'}")
     processes.stop()
 

@@ -92,9 +92,8 @@ def main(argv: list[str]) -> None:
     arguments, flags = parser.parse_known_args(argv)
     with one_line_errors(ValueError, OSError):
         config = parse(flags)
-        with ProcessPoolExecutor(
-            1, get_context("spawn")
-        ) as child:  # so that no memory of the GPU is held while epochs are measured
+        # In a process that ends, so that no memory of the GPU is held while epochs are measured.
+        with ProcessPoolExecutor(1, get_context("spawn")) as child:
             most = child.submit(ceiling, config).result()
         speed = {"flops_per_entry": flops_per_entry(config), "flops_per_second_of_a_matrix_product": most}
         rows = [measure(num_steps, flags, config, *speed.values()) for num_steps in arguments.num_steps]

@@ -1,6 +1,7 @@
 """What went wrong, in one line, from whichever process it went wrong in: where, what, and what to lower if memory ran out."""
 
 import os
+import re
 import socket
 import sys
 import traceback
@@ -13,14 +14,20 @@ from tqdm import tqdm
 # What a device or its driver refuses, in whatever line of whatever library.
 DEVICE_ERRORS = (MemoryError, torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
 
-LOWER = {  # the flags by which less memory is asked for, by the function that asked for it; the first that was under way counts
-    "score_set": "--batch_size",
-    "rhat_of_share": "--batch_size",
-    "backward_through_table": "--train_batch_size, or use --gradient_checkpointing",
-    "log_prob_table": "--log_prob_batch_size",
-    "sample_trajectories": "--sample_batch_size, or use --latents_on_cpu",
-    "score": "--sample_batch_size, or use --reward_dtype fp16",
-    "scores": "--sample_batch_size, or use --reward_dtype fp16",
+DEVICE_WORDS = re.compile(
+    "CUDA|CUBLAS|cuDNN|NCCL|deterministic"
+)  # what is a plain RuntimeError of a device speaks of one of these
+
+LOWER = {  # what asks for less memory, by the function that asked for too much; the first that was under way counts
+    "score_set": "lower --batch_size",
+    "rhat_of_share": "lower --batch_size",
+    "backward_through_table": "lower --train_batch_size, or use --gradient_checkpointing",
+    "log_prob_table": "lower --log_prob_batch_size",
+    "sample_trajectories": "lower --sample_batch_size, or use --latents_on_cpu",
+    "score": "lower --sample_batch_size",
+    "scores": "lower --sample_batch_size",
+    "reference": "use --latents_on_cpu",
+    "step": "use --reference_on_cpu",  # of the optimiser, which makes its moments
 }
 
 
@@ -29,8 +36,8 @@ def text_of(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         under_way = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
-        lower = next((f"lower {flags}" for function, flags in LOWER.items() if function in under_way), "see what saves memory")
-        return f"{'. '.join(text.split('. ')[:3])}: {lower} (docs/stable-diffusion.md)"
+        remedy = next((remedy for function, remedy in LOWER.items() if function in under_way), "see what saves memory")
+        return f"{'. '.join(text.split('. ')[:3])}: {remedy} (docs/stable-diffusion.md)"
     return text if isinstance(error, ValueError | OSError | RuntimeError) else f"{type(error).__name__}: {text}"
 
 
@@ -49,7 +56,10 @@ def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
     """Turns what a user or a device can cause into one line on stderr and exit code 2; anything else keeps its traceback."""
     try:
         yield
-    except (*kinds, *DEVICE_ERRORS) as error:
+    except Exception as error:
+        of_device = isinstance(error, DEVICE_ERRORS) or (isinstance(error, RuntimeError) and DEVICE_WORDS.search(str(error)))
+        if not isinstance(error, kinds) and not of_device:
+            raise
         complain(error)
         sys.exit(2)
 

@@ -51,10 +51,11 @@ def parse(argv: list[str]) -> Config:
     config = parser.parse_strictly(argv)
     if given.resume:
         now = dataclasses.asdict(config)
-        changed = [k for k in now if now[k] != saved.get(k) and k not in MAY_CHANGE_ON_RESUME]
+        before = dataclasses.asdict(Config()) | saved  # what it did not know yet was as it is by default
+        changed = [k for k in now if now[k] != before[k] and k not in MAY_CHANGE_ON_RESUME]
         if changed:
             k = changed[0]
-            raise ValueError(f"cannot resume {given.resume} with {k}={now[k]}: it ran with {saved.get(k)}; allowed to change: "
+            raise ValueError(f"cannot resume {given.resume} with {k}={now[k]}: it ran with {before[k]}; allowed to change: "
                              f"{', '.join(sorted(MAY_CHANGE_ON_RESUME - {'resume', 'output_dir'}))}")  # fmt: skip
     return config
 

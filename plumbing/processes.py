@@ -1,8 +1,9 @@
 """One process or many: the little of torch.distributed that training and evaluation need.
 
 `torchrun` starts the processes and tells each its place through the environment; without it there is one. RANK is a process's
-identity, LOCAL_RANK the GPU it uses on its own machine, so several machines work. Tensors on the CPU travel by gloo, those on
-GPUs by NCCL. A function whose name begins with all_ is called by every process, or none of them comes back from it.
+identity, LOCAL_RANK the GPU it uses on its own machine, so several machines work. What is exchanged travels by gloo, which waits
+as long as the work takes; gradients on GPUs travel by NCCL, which has its own, shorter limit. A function whose name begins with
+all_ is called by every process, or none of them comes back from it.
 """
 
 import os
@@ -11,6 +12,7 @@ import resource
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -22,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from plumbing.errors import complain
+from plumbing.errors import complain, told_of
 
 Made = TypeVar("Made")
 
@@ -30,6 +32,8 @@ RANK = int(os.environ.get("RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 CONNECTING = 120  # seconds that processes have for finding one another at the start
 WORKING = timedelta(days=7)  # that one may wait for another later on: longer than any evaluation
+LISTING = 60  # seconds after which a network file system shows what another machine has written
+GRADIENTS: dist.ProcessGroup | None = None  # by which GPUs sum gradients; None is the group of all, by gloo
 
 
 def start(tf32: bool = False, deterministic: bool = False) -> torch.device:
@@ -41,22 +45,31 @@ def start(tf32: bool = False, deterministic: bool = False) -> torch.device:
     place, of = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
     device = torch.device("cuda", place) if torch.cuda.device_count() >= of else torch.device("cpu")
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        with told_of("this process", device):
+            torch.cuda.set_device(device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is not deterministic with its own choice
     torch.use_deterministic_algorithms(deterministic)
     if WORLD_SIZE > 1 and not dist.is_initialized():
-        with or_exit(CONNECTING, f"not all of {WORLD_SIZE} processes were there after {CONNECTING} s"), connected():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=WORKING)
-            kinds = all_gather(lambda: torch.tensor([device.type == "cuda"]))
-            if kinds.any() and not kinds.all():
-                without = (~kinds).nonzero().flatten().tolist()
-                raise ValueError(f"processes {without} have no GPU of their own and the others have: give each one, or none")
-            dist.all_reduce(torch.zeros(1, device=device))  # NCCL connects now, and not after an epoch's sampling
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+        join(device)
     return device
+
+
+def join(device: torch.device) -> None:
+    """Connects to all others: by gloo, and where all have GPUs by NCCL, which else would put it off to the first gradients."""
+    global GRADIENTS
+    with or_exit(CONNECTING, f"not all of {WORLD_SIZE} processes were there after {CONNECTING} s"), connected():
+        dist.init_process_group("gloo", timeout=WORKING)
+        kinds = all_gather(lambda: torch.tensor([device.type == "cuda"]))
+    if kinds.any() and not kinds.all():
+        without = (~kinds).nonzero().flatten().tolist()
+        raise ValueError(f"processes {without} have no GPU of their own and the others have: give each one, or none")
+    if kinds.all():
+        with or_exit(CONNECTING, f"NCCL had not connected the GPUs after {CONNECTING} s"), connected():
+            GRADIENTS = dist.new_group(backend="nccl")
+            dist.all_reduce(torch.zeros(1, device=device), group=GRADIENTS)
+            torch.cuda.synchronize()
 
 
 def stop() -> None:
@@ -94,7 +107,8 @@ def connected() -> Iterator[None]:
 def all_succeed(produce: Callable[[], object]) -> list:
     """Runs `produce` in every process and returns the results by rank, the same in all.
 
-    If it raises in one process, that one says so, and the same is raised in all: none waits for a result that never comes.
+    If it raises in one process, that one says so, and the same is raised in all, marked as `shared`: none waits for a result that
+    never comes.
     """
     if WORLD_SIZE == 1:
         return [produce()]
@@ -107,14 +121,26 @@ def all_succeed(produce: Callable[[], object]) -> list:
         try:
             pickle.loads(pickle.dumps(error))
         except Exception:  # some errors do not travel
-            mine = RuntimeError(f"{type(error).__name__}: {error}")
+            kind = next((kind for kind in (ValueError, OSError) if isinstance(error, kind)), RuntimeError)
+            mine = kind(f"{type(error).__name__}: {error}")
             mine.told = True
     with connected():
         dist.all_gather_object(parts, mine)
     failed = [part for part in parts if isinstance(part, Exception)]
     if failed:
-        raise mine if isinstance(mine, Exception) else failed[0]
+        error = mine if isinstance(mine, Exception) else failed[0]
+        error.shared = True
+        raise error
     return parts
+
+
+def all_fail(error: Exception) -> None:
+    """Where this process alone has an error: raises it in all, at the next collective that the others come to."""
+
+    def fail() -> None:
+        raise error
+
+    all_succeed(fail)
 
 
 def all_or_none(produce: Callable[[], Made]) -> Made:
@@ -143,7 +169,11 @@ def all_check_shared(folder: Path) -> None:
     """ValueError unless every process finds in `folder` what the first one writes there."""
     sign = folder / f".shared-{all_succeed(lambda: os.urandom(8).hex())[0]}"
     all_wait_for_first(sign.touch)
-    found = all_succeed(sign.exists)
+
+    def seen() -> bool:
+        return folder.is_dir() and sign.name in os.listdir(folder)
+
+    found = all_succeed(lambda: seen() or any(time.sleep(1) or seen() for _ in range(LISTING)))
     all_wait_for_first(sign.unlink)
     if not all(found):
         blind = [rank for rank, there in enumerate(found) if not there]
@@ -194,7 +224,7 @@ def all_sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
             parameter.grad = torch.zeros_like(parameter)
         if WORLD_SIZE > 1:
             with connected():
-                dist.all_reduce(parameter.grad)
+                dist.all_reduce(parameter.grad, group=GRADIENTS)
 
 
 def say(message: str) -> None:

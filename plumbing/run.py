@@ -7,10 +7,11 @@ What train.py calls here says nothing of the method; the method's page is there.
 
 import dataclasses
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -42,9 +43,13 @@ class Run:
         self.parameters, self.optimizer, self.remembers = parameters, optimizer, remembers
         self.trained = list(parameters.values())
         self.folder, self.completed = Path(config.output_dir), 0
-        self.whole = True  # weights, optimiser and what is remembered belong to the completed epochs
+        self.whole, self.in_updates = True, False  # whole: weights, optimiser and memory are those of the completed epochs
+        self.log: Callable[[dict], None] = lambda line: None
         if config.resume:
             self.completed = checkpoint.load(self.folder, parameters, optimizer, remembers)
+            found = processes.all_succeed(lambda: self.completed)
+            if len(set(found)) > 1:
+                raise ValueError(f"{self.folder}: the processes have found different newest checkpoints, of epochs {found}")
         self.prepare_folder()
 
     def prepare_folder(self) -> None:
@@ -57,13 +62,13 @@ class Run:
                 )
             (self.folder / "samples").mkdir(parents=True, exist_ok=True)
             (self.folder / "config.json").write_text(json.dumps(dataclasses.asdict(self.config), indent=1))
+            self.log = start_log(self.config, self.folder, self.completed)
 
         all_wait_for_first(prepare)
         processes.all_check_shared(self.folder)
 
     def epochs(self) -> Iterator[int]:
         """The epochs that are still to be done; before the first of all the untouched model is evaluated."""
-        self.log = start_log(self.config, self.folder, self.completed)
         if self.completed:
             self.metrics = [line for line in read_metrics(self.folder) if line["epoch"] <= self.completed]
         else:
@@ -78,9 +83,11 @@ class Run:
     @contextmanager
     def updating(self) -> Iterator[None]:
         """Around the updates of an epoch: Ctrl-C waits for their end, and what they have begun to change is not saved."""
-        self.whole = not self.remembers  # methods with a memory change it from the beginning, weights change in check()
+        # Methods with a memory change it from the beginning; weights change after check().
+        self.whole, self.in_updates = not self.remembers, True
         with processes.uninterrupted():
             yield
+        self.in_updates = False
 
     def check(self, k: int, loss: Tensor, grad_norm: Tensor, recomputed: Tensor, mine: Trajectories) -> None:
         """FloatingPointError if update k, which is made next, is not finite, in every process alike.
@@ -89,7 +96,9 @@ class Run:
         those of sampling; the largest difference goes into the record.
         """
         if not (loss.isfinite() and grad_norm.isfinite()):
-            raise FloatingPointError(f"loss {loss.item()}, gradient norm {grad_norm.item()} in epoch {self.completed + 1}")
+            error = FloatingPointError(f"loss {loss.item()}, gradient norm {grad_norm.item()} in epoch {self.completed + 1}")
+            error.shared, error.told = True, RANK > 0
+            raise error
         self.whole = False
         if k == 0:
             self.drift = (recomputed - mine.log_probs).abs().nan_to_num().max()
@@ -102,7 +111,7 @@ class Run:
 
         Of the last update: loss, grad_norm, log_probs (N, B, S) before it and its entries.
         """
-        config, self.completed, self.whole = self.config, self.completed + 1, True
+        config = self.config
         self.lap("update")
         correlation, slope = None, None
         if config.method == "prdp":
@@ -110,7 +119,7 @@ class Run:
             correlation, slope = prediction_quality(rhat, rewards, config.kl_weight)
         beyond = (log_probs.detach() - log_probs_old)[entries].abs() > config.clip_range
         line = {
-            "epoch": self.completed,
+            "epoch": self.completed + 1,
             "reward_mean": rewards.mean().item(),
             "reward_std": rewards.std().item(),
             "loss": loss.item(),
@@ -127,6 +136,7 @@ class Run:
             "seconds": self.lap.seconds,
         }
         self.metrics.append(line)
+        self.completed, self.whole, self.in_updates = self.completed + 1, True, False
         self.write_metrics()
         last = self.completed == config.epochs
         if self.completed % config.eval_every == 0 or last:
@@ -188,18 +198,30 @@ class Run:
         """Around the epochs: Ctrl-C, and errors that leave the weights as an epoch has left them, save these first."""
         try:
             yield
-        except (Exception, KeyboardInterrupt) as stopped:
-            if self.whole:
-                try:
-                    self.save()
-                except Exception as error:  # of a broken device not even the weights come back
-                    complain(error)
-                else:
-                    say(f"\nstopped after epoch {self.completed} of {self.config.epochs}; "
-                        f"go on with: python train.py --resume {self.folder}")  # fmt: skip
-            if isinstance(stopped, KeyboardInterrupt):
-                sys.exit(130)
+        except KeyboardInterrupt:
+            self.save_what_is_whole()
+            sys.exit(130)
+        except Exception as error:
+            if not self.in_updates and not isinstance(error, ConnectionError) and not hasattr(error, "shared"):
+                with suppress(Exception):
+                    processes.all_fail(error)  # the others know nothing of it yet, and now wait for this process
+            self.save_what_is_whole(together=hasattr(error, "shared"))
             raise
+
+    def save_what_is_whole(self, together: bool = False) -> None:
+        """together: no process goes on before the first has saved, since torchrun ends all as soon as one has ended."""
+        if not self.whole:
+            return
+        usual = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        try:
+            processes.all_wait_for_first(self.save) if together else self.save()
+        except Exception as error:  # of a broken device not even the weights come back
+            complain(error)
+        else:
+            say(f"\nstopped after epoch {self.completed} of {self.config.epochs}; "
+                f"go on with: python train.py --resume {self.folder}")  # fmt: skip
+        finally:
+            signal.signal(signal.SIGTERM, usual)
 
 
 def read_run(run: Path) -> dict:
@@ -216,7 +238,7 @@ def read_metrics(run: Path) -> list[dict]:
 
 def start_log(config: Config, run: Path, completed: int) -> Callable[[dict], None]:
     """A function that sends one line of metrics.jsonl to --log_to as well; ValueError if its package is not installed."""
-    if RANK > 0 or config.log_to == "none":
+    if config.log_to == "none":
         return lambda line: None
     try:
         if config.log_to == "tensorboard":
@@ -230,7 +252,10 @@ def start_log(config: Config, run: Path, completed: int) -> Callable[[dict], Non
     else:
         identity = run / "wandb_id"  # a resumed run goes on in the same curves
         known = identity.read_text() if completed and identity.exists() else None
-        wandb.init(project="prdp", dir=run, id=known, name=run.name, config=dataclasses.asdict(config), resume="allow")
+        try:
+            wandb.init(project="prdp", dir=run, id=known, name=run.name, config=dataclasses.asdict(config), resume="allow")
+        except Exception as error:  # not logged in, no connection
+            raise ValueError(f"--log_to wandb: {error}") from error
         identity.write_text(wandb.run.id)
 
     def log(line: dict) -> None:

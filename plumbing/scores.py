@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -9,7 +10,7 @@ from urllib.parse import quote
 import torch
 from torchvision.transforms.functional import to_pil_image
 
-from plumbing.processes import RANK
+from plumbing.processes import LISTING, RANK
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,15 @@ class Results:
                 if line and prompts[line["n"] : line["n"] + 1] == [line["prompt"]]:
                     lines[line["n"]] = line
         return lines
+
+    def wait_for(self, model: str, set_name: str, prompts: list[str]) -> None:
+        """Until all is there to be read that other machines have written; ValueError if it does not come."""
+        for _ in range(LISTING):
+            missing = len(prompts) - len(self.read(model, set_name, prompts))
+            if not missing:
+                return
+            time.sleep(1)
+        raise ValueError(f"{self.output} lacks scores of {missing} prompts of {set_name} by {model}: run the command again")
 
     def prediction(self, model: str, set_name: str) -> Path:
         return Path(f"{self.path('scores', model, set_name)}.predicted.json")

@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: on tensors this small a second thread waits more than it works
-if "-m gpu" not in " ".join(sys.argv):  # tests are of the CPU, but for those of test_gpu.py
+if "-mgpu" in "".join(sys.argv):
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # before the first product, for the deterministic ones among the tests
+else:  # tests are of the CPU, but for those of test_gpu.py
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 import torch
 
@@ -91,11 +94,24 @@ class OnTwo:
 @pytest.fixture(scope="session")
 def on_two_processes(model_folder, two_models, tmp_path_factory) -> dict[str, OnTwo]:
     """All cases that want two processes, in one start of torchrun (tests/two_processes.py)."""
+    workers_share = "PYTEST_XDIST_WORKER" in os.environ
+    folder = tmp_path_factory.getbasetemp().parent / "two" if workers_share else tmp_path_factory.mktemp("two")
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "cases.1.json").exists():
+            run_on_two_processes(folder, model_folder, two_models)
+    ranks = [json.loads((folder / f"cases.{rank}.json").read_text()) for rank in range(2)]
+    return {
+        name: OnTwo(folder / name, [rank[name]["code"] for rank in ranks], [rank[name]["errors"] for rank in ranks])
+        for name in ranks[0]
+    }
+
+
+def run_on_two_processes(folder: Path, model_folder: Path, two_models: Path) -> None:
     import test_evaluate
     import test_methods
     import test_train
 
-    folder = tmp_path_factory.mktemp("two")
+    folder.mkdir(exist_ok=True)
     cases = {"prdp": ("train", test_train.arguments(model_folder, folder / "prdp", "--epochs", "2"))}
     for method in test_methods.FLAGS:
         cases[method] = ("train", test_methods.arguments(method, model_folder, folder / method, folder))
@@ -115,20 +131,7 @@ def on_two_processes(model_folder, two_models, tmp_path_factory) -> dict[str, On
         [*command, str(file)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    ranks = [json.loads(file.with_suffix(f".{rank}.json").read_text()) for rank in range(2)]
-    return {
-        name: OnTwo(folder / name, [rank[name]["code"] for rank in ranks], [rank[name]["errors"] for rank in ranks])
-        for name in cases
-    }
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a GPU, and is run by `make test-gpu` only")
-
-
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file's tests share what they have made, so one worker runs them; those on two processes share one start of these."""
-    for item in items:
-        group = "two" if "on_two_processes" in item.fixturenames else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))

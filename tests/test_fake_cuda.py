@@ -73,8 +73,8 @@ def outcomes(model_folder, tmp_path_factory) -> dict[str, dict]:
         subprocess.run(["gcc", "-shared", "-fPIC", "-o", str(library), str(FOLDER / source)], check=True)
     cases.write_text(json.dumps(all_cases(model_folder, folder)))
     environment = os.environ | {
-        "LD_LIBRARY_PATH": str(folder), "LD_PRELOAD": str(count), "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
+        "LD_LIBRARY_PATH": f"{folder}:{os.environ.get('LD_LIBRARY_PATH', '')}", "LD_PRELOAD": str(count),
+        "PYTHONPATH": f"{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
     command = [sys.executable, str(FOLDER / "run.py"), str(cases)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)

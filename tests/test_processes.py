@@ -71,6 +71,7 @@ with one_line_errors(ValueError, OSError):
     processes.all_wait_for_first(lambda: time.sleep(2.5))
     print("waited", processes.all_gather(lambda: torch.tensor([RANK])).tolist(), flush=True)
     processes.all_check_shared(folder)
+    processes.LISTING = 1
     (folder / str(RANK)).mkdir()
     try:
         processes.all_check_shared(folder / str(RANK))
@@ -131,7 +132,9 @@ class Recorder:
         monkeypatch.setattr(torch, "zeros", lambda *_, device: device)  # no such device here
         monkeypatch.setattr(dist, "is_initialized", lambda: False)
         monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: self.calls.append(("init", backend, timeout)))
-        monkeypatch.setattr(dist, "all_reduce", lambda tensor: self.calls.append(("all_reduce", tensor)))
+        monkeypatch.setattr(dist, "new_group", lambda backend: f"group of {backend}")
+        monkeypatch.setattr(dist, "all_reduce", lambda tensor, group: self.calls.append(("all_reduce", tensor, group)))
+        monkeypatch.setattr(processes, "GRADIENTS", None)
 
         def gathered(parts, mine):
             parts[:] = [torch.tensor([others_have_gpus]), mine]
@@ -142,15 +145,19 @@ class Recorder:
 def test_nccl_connects_before_any_work(monkeypatch):
     recorder, gpu = Recorder(monkeypatch, gpus=2, others_have_gpus=True), torch.device("cuda", 1)
     assert processes.start() == gpu
-    backend = ("init", "cpu:gloo,cuda:nccl", processes.WORKING)
-    assert recorder.calls == [("set_device", gpu), backend, ("all_reduce", gpu), ("synchronize",)]
+    joined = [("init", "gloo", processes.WORKING), ("all_reduce", gpu, "group of nccl"), ("synchronize",)]
+    assert recorder.calls == [("set_device", gpu), *joined]
+    parameter = torch.nn.Parameter(torch.empty(1))
+    parameter.grad = torch.empty(1)
+    processes.all_sum_gradients([parameter])
+    assert recorder.calls[-1] == ("all_reduce", parameter.grad, "group of nccl")
     assert timedelta(days=1) < processes.WORKING < timedelta(days=24)  # in milliseconds it has to fit 31 bits
 
 
 def test_a_gpu_is_used_only_where_every_process_of_the_machine_has_one(monkeypatch):
     recorder = Recorder(monkeypatch, gpus=1, others_have_gpus=False)
     assert processes.start() == torch.device("cpu")
-    assert recorder.calls == [("init", "gloo", processes.WORKING), ("all_reduce", torch.device("cpu"))]
+    assert recorder.calls == [("init", "gloo", processes.WORKING)] and processes.GRADIENTS is None
     Recorder(monkeypatch, gpus=1, others_have_gpus=True)
     with pytest.raises(ValueError, match=re.escape("processes [1] have no GPU of their own and the others have")):
         processes.start()
@@ -186,5 +193,5 @@ def test_flags_to_lower_are_of_functions_and_settings_that_exist():
     code = "".join(path.read_text() for path in (ROOT / "sampler.py", ROOT / "evaluate.py", *(ROOT / "plumbing").glob("*.py")))
     settings = {f"--{name}" for kind in (Config, EvaluationConfig) for name in kind.__dataclass_fields__}
     for function, flags in errors.LOWER.items():
-        assert f"def {function}(" in code
+        assert f"def {function}(" in code or hasattr(torch.optim.AdamW, function)
         assert set(re.findall(r"--\w+", flags)) <= settings

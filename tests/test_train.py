@@ -150,6 +150,25 @@ def test_memory_that_ends_in_one_process_stops_all_and_the_epochs_before_are_sav
     assert checkpoint.read_state(two.folder)["epoch"] == len(metrics(two.folder)) - 1 == 1
 
 
+def exhausting_with_a_slow_disk(images, prompts):
+    """The same, and the first process takes some seconds to save."""
+    save = checkpoint.save
+    if not hasattr(exhausting, "calls"):
+        checkpoint.save = lambda *arguments: (time.sleep(3), save(*arguments))
+    return exhausting(images, prompts)
+
+
+def test_torchrun_does_not_end_the_process_that_saves(model_folder, tmp_path):
+    flags = ["--epochs", "3", "--eval_prompts", "", "--save_every", "100", "--reward", "test_train:exhausting_with_a_slow_disk"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
+    command += arguments(model_folder, tmp_path / "run", *flags)
+    done = subprocess.run(command, cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1
+    assert len([line for line in done.stderr.splitlines() if "error in process 1 on" in line]) == 1
+    assert f"go on with: python train.py --resume {tmp_path / 'run'}" in done.stdout
+    assert checkpoint.read_state(tmp_path / "run")["epoch"] == 1
+
+
 @pytest.mark.parametrize("flags, passes, saved", [
     ("--updates_per_epoch 2", 2, True),  # the first update of the second epoch has not been made
     ("--updates_per_epoch 2", 3, False),  # it has been, and the weights are no epoch's
