@@ -124,6 +124,8 @@ def run_on_two_processes(folder: Path, model_folder: Path, two_models: Path) -> 
     cases["few"] = ("train", test_train.few(model_folder, folder / "few"))
     exhausting = ["--epochs", "3", "--eval_prompts", "", "--save_every", "100", "--reward", "test_train:exhausting"]
     cases["exhausting"] = ("train", test_train.arguments(model_folder, folder / "exhausting", *exhausting))
+    alone = ["--epochs", "2", "--eval_prompts", "", "--reward", "test_train:exhausting_between_collectives"]
+    cases["alone"] = ("train", test_train.arguments(model_folder, folder / "alone", *alone))
     file = folder / "cases.json"
     file.write_text(json.dumps(cases))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "tests/two_processes.py"]

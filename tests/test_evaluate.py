@@ -124,6 +124,16 @@ def test_a_process_that_starts_late_does_its_own_share(two_models, tmp_path, mon
         assert set(results.read("base", "toy-small", prompts)) - before == set(share)
 
 
+def test_scores_that_a_file_system_shows_late_are_waited_for(tmp_path, monkeypatch):
+    results, late = Results(tmp_path), [{"n": 1, "prompt": "b"}]
+    results.append("base", "set", [{"n": 0, "prompt": "a"}])
+    monkeypatch.setattr("time.sleep", lambda seconds: results.append("base", "set", late) if late else None)
+    results.wait_for("base", "set", ["a", "b"])
+    late.clear()
+    with pytest.raises(ValueError, match="lacks scores of 1 prompts of set by base: run the command again"):
+        results.wait_for("base", "set", ["a", "b", "c"])
+
+
 def test_killed_and_restarted_equals_uninterrupted(two_models, evaluated, tmp_path, monkeypatch):
     """The disk fills up in the middle; the same command then goes on, and nothing finished is made again."""
     flags = [*FLAGS, "--models", f"base={two_models}/base", f"other={two_models}/other", "--output_dir", str(tmp_path)]

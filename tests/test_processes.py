@@ -77,6 +77,10 @@ with one_line_errors(ValueError, OSError):
         processes.all_check_shared(folder / str(RANK))
     except ValueError as error:
         print("not shared:", error, flush=True)
+    try:
+        processes.all_fail(ValueError("alone")) if RANK == 1 else processes.all_gather(lambda: torch.zeros(1))
+    except ValueError as error:
+        print(error, error.shared, flush=True)
     if RANK == 1:
         raise ValueError("no such thing in the second process")
     processes.all_gather(lambda: torch.zeros(1))
@@ -85,10 +89,12 @@ with one_line_errors(ValueError, OSError):
     for rank, out in enumerate((out_0, out_1)):
         assert "waited [0, 1]" in out
         assert f"not shared: {tmp_path / str(rank)} is another folder for processes [1]" in out
+        assert "alone True" in out
     assert not list(tmp_path.rglob(".shared*"))
     assert (code_0, code_1) == (2, 2)
-    (line,) = error_lines(err_1)
-    assert f"error in process 1 on {socket.gethostname()}: no such thing in the second process" in line
+    first, last = error_lines(err_1)
+    assert f"error in process 1 on {socket.gethostname()}: alone" in first
+    assert f"error in process 1 on {socket.gethostname()}: no such thing in the second process" in last
     (line,) = error_lines(err_0)
     assert "error in process 0 on" in line and "another process is gone or cannot be reached" in line
 
@@ -183,6 +189,15 @@ def test_out_of_memory_names_the_flag_that_lowers_it(capsys, what):
     (line,) = error_lines(capsys.readouterr().err)
     assert stopped.value.code == 2 and "lower --train_batch_size" in line and "--gradient_checkpointing" in line
     assert "More" not in line and ("Tried to allocate 2.00 GiB" in line or isinstance(what, MemoryError))
+
+
+def test_what_a_device_says_is_one_line_and_a_mistake_in_the_code_is_not(capsys):
+    with pytest.raises(SystemExit), errors.one_line_errors(ValueError):
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`\nand more")
+    (line,) = error_lines(capsys.readouterr().err)
+    assert "CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)` and more" in line
+    with pytest.raises(RuntimeError, match="mat1 and mat2"), errors.one_line_errors(ValueError):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
 
 def test_flags_to_lower_are_of_functions_and_settings_that_exist():

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 import train
 from miniature import build
 from miniature.world import alignment
-from plumbing import checkpoint, processes
+from plumbing import checkpoint, processes, run
 
 TINY = "--preset toy --prompts toy-small --prompts_per_epoch 4 --images_per_prompt 3 --learning_rate 1e-3 --eval_every 2".split()
 CLOCK_AND_MEMORY = ("seconds", "images_per_second", "peak_memory_gib")
@@ -148,6 +148,26 @@ def test_memory_that_ends_in_one_process_stops_all_and_the_epochs_before_are_sav
     (line,) = [line for line in two.errors[1].splitlines() if ": error" in line]
     assert "in process 1 on" in line and "Tried to allocate 2.00 GiB" in line and "lower --train_batch_size" in line
     assert checkpoint.read_state(two.folder)["epoch"] == len(metrics(two.folder)) - 1 == 1
+
+
+def exhausting_between_collectives(images, prompts):
+    """The toy reward. Then the second of two processes is out of memory where the first does not wait for it."""
+
+    def rounding(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.")
+
+    if os.environ["RANK"] == "1":
+        run.rounding = rounding
+    return alignment(images, prompts)
+
+
+def test_an_error_of_one_process_between_collectives_reaches_the_others(on_two_processes):
+    two = on_two_processes["alone"]
+    assert two.codes == [2, 2]
+    assert "error" not in two.errors[0]
+    (line,) = [line for line in two.errors[1].splitlines() if ": error" in line]
+    assert "in process 1 on" in line and "Tried to allocate 3.00 GiB" in line
+    assert checkpoint.read_state(two.folder)["epoch"] == 0
 
 
 def exhausting_with_a_slow_disk(images, prompts):
@@ -357,7 +377,7 @@ def test_non_finite_loss_stops(capsys, tmp_path, model_folder):
     assert "gradient norm inf in epoch 1" in refused(capsys, arguments(model_folder, tmp_path / "run", *flags))
 
 
-def test_wrong_checkpoints(capsys, tmp_path, model_folder, finished):
+def test_wrong_checkpoints(capsys, tmp_path, model_folder, finished, monkeypatch):
     assert "no checkpoint under" in refused(capsys, ["--resume", tmp_path / "nowhere"])
     assert "cannot resume" in refused(capsys, ["--resume", finished, "--learning_rate", "1"])
     assert "already holds a run" in refused(capsys, arguments(model_folder, finished))
@@ -365,6 +385,11 @@ def test_wrong_checkpoints(capsys, tmp_path, model_folder, finished):
     def copied(name):
         run = shutil.copytree(finished, tmp_path / name)
         return run, checkpoint.all_checkpoints(run)[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(processes, "all_succeed", lambda produce: [produce(), 1])
+        line = refused(capsys, ["--resume", copied("other")[0], "--epochs", "3"])
+        assert "the processes have found different newest checkpoints, of epochs [2, 1]" in line
 
     run, folder = copied("damaged")
     whole = (folder / "weights.safetensors").read_bytes()
