@@ -12,7 +12,6 @@ command, versions and machine), PNGs of curves, grids and strips, and report.htm
 import dataclasses
 import functools
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -255,4 +254,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    processes.run_script(main)

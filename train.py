@@ -9,7 +9,6 @@ A run folder holds config.json, metrics.jsonl (docs/metrics.md), reward.png, sam
 pipeline/, which opens with plain StableDiffusionPipeline.from_pretrained.
 """
 
-import sys
 from contextlib import nullcontext
 
 import torch
@@ -141,4 +140,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    processes.run_script(main)

@@ -13,10 +13,7 @@ from tqdm import tqdm
 
 # What a device or its driver refuses, in whatever line of whatever library.
 DEVICE_ERRORS = (MemoryError, torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
-
-DEVICE_WORDS = re.compile(
-    "CUDA|CUBLAS|cuDNN|NCCL|deterministic"
-)  # what is a plain RuntimeError of a device speaks of one of these
+DEVICE_WORDS = re.compile("CUDA|CUBLAS|cuDNN|NCCL|deterministic")  # and what else is a device's among plain RuntimeErrors
 
 LOWER = {  # what asks for less memory, by the function that asked for too much; the first that was under way counts
     "score_set": "lower --batch_size",

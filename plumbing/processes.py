@@ -72,6 +72,21 @@ def join(device: torch.device) -> None:
             torch.cuda.synchronize()
 
 
+def run_script(main: Callable[[list[str]], None]) -> None:
+    """Runs main(arguments) and, where processes have been joined, ends this one with its exit code and nothing more.
+
+    On the ordinary way out of a process whose peers are gone the libraries' threads abort it now and then, with another code.
+    """
+    try:
+        main(sys.argv[1:])
+    except SystemExit as stopped:
+        if dist.is_initialized():
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(stopped.code)
+        raise
+
+
 def stop() -> None:
     """Leaves the process group."""
     if dist.is_initialized():

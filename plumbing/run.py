@@ -210,16 +210,18 @@ class Run:
 
     def save_what_is_whole(self, together: bool = False) -> None:
         """together: no process goes on before the first has saved, since torchrun ends all as soon as one has ended."""
-        if not self.whole:
-            return
+
+        def save() -> None:
+            if self.whole:
+                self.save()
+                say(f"\nstopped after epoch {self.completed} of {self.config.epochs}; "
+                    f"go on with: python train.py --resume {self.folder}")  # fmt: skip
+
         usual = signal.signal(signal.SIGTERM, signal.SIG_IGN)
         try:
-            processes.all_wait_for_first(self.save) if together else self.save()
+            processes.all_wait_for_first(save) if together else save()
         except Exception as error:  # of a broken device not even the weights come back
             complain(error)
-        else:
-            say(f"\nstopped after epoch {self.completed} of {self.config.epochs}; "
-                f"go on with: python train.py --resume {self.folder}")  # fmt: skip
         finally:
             signal.signal(signal.SIGTERM, usual)
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from datetime import timedelta
+from textwrap import indent
 
 import pytest
 import torch
@@ -37,9 +38,10 @@ def two(code: str, **environment) -> list[tuple[int, str, str]]:
             "WORLD_SIZE": "2",
             "LOCAL_WORLD_SIZE": "2",
         }
+    script = f"{BEGINNING}\ndef main(argv):{indent(code, '    ')}\n\nprocesses.run_script(main)"
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", BEGINNING + code],
+            [sys.executable, "-c", script],
             cwd=ROOT,
             text=True,
             stdout=subprocess.PIPE,
