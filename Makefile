@@ -28,7 +28,7 @@ runs/demo/pipeline/model_index.json: | .venv/installed
 	$(BIN)/python train.py $(if $(wildcard runs/demo/checkpoints),--resume runs/demo,--preset toy --output_dir runs/demo)
 
 runs/demo/evaluation/report.html: runs/demo/pipeline/model_index.json
-	$(BIN)/python evaluate.py --run runs/demo $(EVALUATE)
+	$(BIN)/python evaluate.py --runs runs/demo $(EVALUATE)
 
 # Three seeds of the demo, and three that start from the guidance that suits the base best, as committed under results/.
 results: .venv/installed
@@ -36,7 +36,7 @@ results: .venv/installed
 		for name in toy guided; do \
 			run=runs/$$name-seed$$seed; \
 			$(BIN)/python train.py --preset toy --seed $$seed --output_dir $$run $$(test $$name = toy || echo $(GUIDED)) && \
-			$(BIN)/python evaluate.py --run $$run --seed $$seed $(EVALUATE) && \
+			$(BIN)/python evaluate.py --runs $$run --seed $$seed $(EVALUATE) && \
 			mkdir -p results/$$name-seed$$seed && \
 			cp $$run/metrics.jsonl $$run/config.json $$run/evaluation/results.json results/$$name-seed$$seed/ || exit 1; \
 		done; \

@@ -1,7 +1,7 @@
 """The paper's evaluation: any models on any prompts by any rewards, from the same noise, and a page to look at.
 
-    python evaluate.py --run runs/toy --prompts toy-heldout toy-small --rewards toy-alignment toy-colourfulness
-    torchrun --nproc_per_node=8 evaluate.py --run runs/large-hpsv2 --protocol large    # Tables 2 and 3
+    python evaluate.py --runs runs/toy --prompts toy-heldout toy-small --rewards toy-alignment toy-colourfulness
+    torchrun --nproc_per_node=8 evaluate.py --runs runs/large-hpsv2 --protocol large    # Tables 2 and 3
     python evaluate.py --models base=toy lora=runs/a/lora step10=runs/b/checkpoints/epoch_000010 --prompts my.txt --rewards hpsv2
 
 Every picture is made once and scored by every reward. What is finished is kept in --output_dir: after an interruption the same
@@ -37,27 +37,27 @@ from sampler import EVALUATION, Policy, log_prob_table, sample_trajectories
 
 @dataclass
 class EvaluationConfig:
-    run: list[str] = setting([], "Run folders of train.py: compares their base and their results, with the first one's sampler.")
+    runs: list[str] = setting([], "Run folders of train.py: compares their base and their results, with the first one's sampler.")
     checkpoints: bool = setting(
         False, "Also the checkpoints that the runs have kept on the way (--keep_every), for reward against epoch."
     )
     models: list[str] = setting([], "name=pipeline, run, checkpoint or LoRA folder, or hub id; the first is the base.")
     protocol: Literal["none", "small", "large"] = setting("none", "Prompts and pictures of Sec. 4.1 or Sec. 4.2, unless given.")
-    prompts: list[str] = setting([], "Named sets or files; SET:500 is what training draws first. By default those of --run.")
+    prompts: list[str] = setting([], "Named sets or files; SET:500 is what training draws first. By default those of --runs.")
     prompts_dir: str = setting("", "Folder with the hub's prompt files as DATA_SET/FILE; by default the hub itself.")
-    rewards: list[str] = setting([], "Names or module:function, each its own column; by default those of --run.")
-    reward_weights: list[str] = setting([], "NAME=PATH of reward models on this machine; by default those of --run, or the hub.")
+    rewards: list[str] = setting([], "Names or module:function, each its own column; by default those of --runs.")
+    reward_weights: list[str] = setting([], "NAME=PATH of reward models on this machine; by default those of --runs, or the hub.")
     images_per_prompt: int = setting(4, "Pictures of every prompt by every model.")
-    num_steps: int = setting(50, "T; with --run its own, unless given.")
-    guidance_scale: float = setting(5.0, "w; with --run its own, unless given.")
-    eta: float = setting(1.0, "Noise of a step relative to DDPM's; with --run its own, unless given.")
-    autocast: Literal["no", "bf16"] = setting("no", "Precision of the UNet's passes; with --run its own, unless given.")
-    tf32: bool = setting(False, "TF32 in fp32 matrix products and convolutions; with --run its own, unless given.")
+    num_steps: int = setting(50, "T; with --runs its own, unless given.")
+    guidance_scale: float = setting(5.0, "w; with --runs its own, unless given.")
+    eta: float = setting(1.0, "Noise of a step relative to DDPM's; with --runs its own, unless given.")
+    autocast: Literal["no", "bf16"] = setting("no", "Precision of the UNet's passes; with --runs its own, unless given.")
+    tf32: bool = setting(False, "TF32 in fp32 matrix products and convolutions; with --runs its own, unless given.")
     seed: int = setting(0, "Of the noise, and of what SET:500 draws.")
     batch_size: int = setting(64, "Pictures at a time; does not change the result by more than rounding.")
     predicted: int = setting(16, "Prompts of each set on which a run's predicted and actual reward differences are compared.")
     pictures: int = setting(4, "Best, worst and random prompts of each set on the page, of each kind.")
-    output_dir: str = setting("", "By default evaluation/ in the first --run.")
+    output_dir: str = setting("", "By default evaluation/ in the first --runs.")
 
 
 # Sec. 4.1, Table 1, and Sec. 4.2 and 4.3, Tables 2 and 3. TRAINED stands for the prompts the run was trained on.
@@ -70,19 +70,19 @@ PROTOCOLS = {
     ),
 }
 OF_THE_RUN = ("num_steps", "guidance_scale", "eta", "autocast", "tf32", "prompts_dir", "reward_weights")  # unless given
-MAY_CHANGE = {"batch_size", "prompts_dir", "reward_weights", "pictures", "models", "prompts", "run", "checkpoints", "output_dir"}
+MAY_CHANGE = {"batch_size", "prompts_dir", "reward_weights", "pictures", "models", "prompts", "runs", "checkpoints", "output_dir"}
 
 
 def parse(argv: list[str]) -> tuple[EvaluationConfig, list[Model]]:
     """Settings and models; what is not given comes from the run's config.json. ValueError naming what is missing or wrong."""
     parser = Parser(EvaluationConfig, prog="evaluate.py", allow_abbrev=False)
     (first, _) = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    trained = [read_run(Path(run)) for run in first.run]
+    trained = [read_run(Path(run)) for run in first.runs]
     parser.set_defaults(**PROTOCOLS[first.protocol])
     if trained:
         parser.set_defaults(
             rewards=[name for name, _ in parse_weighted(trained[0]["reward"])],
-            output_dir=str(Path(first.run[0], "evaluation")),
+            output_dir=str(Path(first.runs[0], "evaluation")),
             **{name: trained[0][name] for name in OF_THE_RUN},
         )
         if first.protocol == "none":
@@ -93,7 +93,7 @@ def parse(argv: list[str]) -> tuple[EvaluationConfig, list[Model]]:
     if len({settings["model"] for settings in trained}) > 1:
         raise ValueError(f"the runs start from different models, {trained[0]['model']} and others: evaluate them apart")
     models = [Model("base", trained[0]["model"])] if trained else []
-    for run, settings in zip(config.run, trained, strict=True):
+    for run, settings in zip(config.runs, trained, strict=True):
         name = "tuned" if len(trained) == 1 else Path(run).name
         folders = {checkpoint.epoch_of(folder): str(folder) for folder in checkpoint.all_checkpoints(Path(run))}
         *earlier, last = folders or [None]  # the last one is the result
@@ -107,9 +107,9 @@ def parse(argv: list[str]) -> tuple[EvaluationConfig, list[Model]]:
         models.append(Model(name, folder))
     for name, value in (("models", models), *((n, getattr(config, n)) for n in ("prompts", "rewards", "output_dir"))):
         if not value:
-            raise ValueError(f"--{name} is missing (or give --run)")
+            raise ValueError(f"--{name} is missing (or give --runs)")
     if any("TRAINED" in name for name in config.prompts):
-        raise ValueError(f"--protocol {config.protocol} needs --run, whose training prompts are part of it, or --prompts")
+        raise ValueError(f"--protocol {config.protocol} needs --runs, whose prompts are part of it, or --prompts")
     for name in ("images_per_prompt", "batch_size", "pictures"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")

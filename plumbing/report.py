@@ -62,13 +62,13 @@ def write(
     base, last, reward = models[0].name, shown[-1].name, config.rewards[0]
     per_prompt = {(row["model"], row["prompts"]): row["per_prompt"] for row in rows if row["reward"] == reward}
     figures, cards = {}, []
-    if config.run:
+    if config.runs:
         figures["Reward of the training samples"] = output / "training.png"
-        plots.training_curves({Path(run).name: read_metrics(Path(run)) for run in config.run}, output / "training.png")
+        plots.training_curves({Path(run).name: read_metrics(Path(run)) for run in config.runs}, output / "training.png")
     if kept:
         figures["Reward against epoch, the same prompts and noise"] = output / "epochs.png"
         lines = [  # every run's begins at the base
-            row | {"epoch": row["epoch"] or 0, "line": row["prompts"] if len(config.run) == 1 else f"{run}, {row['prompts']}"}
+            row | {"epoch": row["epoch"] or 0, "line": row["prompts"] if len(config.runs) == 1 else f"{run}, {row['prompts']}"}
             for run in dict.fromkeys(model.name.rpartition("@")[0] for model in kept)
             for row in rows
             if row["model"] in (base, run) or row["model"].rpartition("@")[0] == run

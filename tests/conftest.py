@@ -117,7 +117,7 @@ def run_on_two_processes(folder: Path, model_folder: Path, two_models: Path) -> 
         cases[method] = ("train", test_methods.arguments(method, model_folder, folder / method, folder))
     models = ["--models", f"base={two_models}/base", f"other={two_models}/other"]
     cases["evaluate"] = ("evaluate", [*test_evaluate.FLAGS, *models, "--output_dir", str(folder / "evaluate")])
-    predicted = ["--run", str(folder / "prdp"), *test_evaluate.PREDICTED, "--output_dir", str(folder / "predicted")]
+    predicted = ["--runs", str(folder / "prdp"), *test_evaluate.PREDICTED, "--output_dir", str(folder / "predicted")]
     cases["predicted"] = ("evaluate", predicted)
     failing = ["--epochs", "2", "--eval_prompts", "", "--reward", "test_train:bad_on_one_rank"]
     cases["failing"] = ("train", test_train.arguments(model_folder, folder / "failing", *failing))

@@ -188,10 +188,10 @@ def test_a_folder_of_other_settings_or_models_is_not_mixed_up(two_models, evalua
 
 def test_run_supplies_what_is_not_given_and_its_checkpoints_are_models(runs, capsys):
     run = runs / "whole"
-    config, models = evaluate.parse(["--run", str(run), "--images_per_prompt", "1"])
+    config, models = evaluate.parse(["--runs", str(run), "--images_per_prompt", "1"])
     assert (config.num_steps, config.guidance_scale, config.prompts) == (3, 1.0, ["toy-small"])
     assert config.rewards == ["toy-colourfulness"] and [model.name for model in models] == ["base", "tuned"]
-    evaluate.main(["--run", str(run), "--checkpoints", "--images_per_prompt", "2"])
+    evaluate.main(["--runs", str(run), "--checkpoints", "--images_per_prompt", "2"])
     last_lines = capsys.readouterr().out.splitlines()[-2:]
     assert "| toy-colourfulness | tuned@2 |" in (run / "evaluation" / "table.md").read_text()
     rows = rows_of(run / "evaluation")
@@ -211,7 +211,7 @@ def test_several_runs_and_the_sum_they_were_trained_on(runs, two_models, tmp_pat
     flags = [*TRAINING, "--model", f"{two_models}/base", "--epochs", "1", "--reward", "toy-colourfulness=2", "toy-alignment=-0.5"]
     train.main([*flags, "--output_dir", str(tmp_path / "sum")])
     out = tmp_path / "out"
-    evaluate.main(["--run", str(tmp_path / "sum"), str(runs / "lora"), "--checkpoints", "--prompts", "toy-small:6",
+    evaluate.main(["--runs", str(tmp_path / "sum"), str(runs / "lora"), "--checkpoints", "--prompts", "toy-small:6",
                    "--images_per_prompt", "2", "--output_dir", str(out)])  # fmt: skip
     rows = rows_of(out)
     assert {model for model, _, _ in rows} == {"base", "sum", "lora@1", "lora@2", "lora"}
@@ -222,7 +222,7 @@ def test_several_runs_and_the_sum_they_were_trained_on(runs, two_models, tmp_pat
     settings = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(settings | {"model": "toy"}))
     with pytest.raises(ValueError, match="start from different models"):
-        evaluate.parse(["--run", str(tmp_path / "sum"), str(other)])
+        evaluate.parse(["--runs", str(tmp_path / "sum"), str(other)])
 
 
 def test_kept_checkpoints_have_no_optimizer_but_the_newest(runs):
@@ -234,7 +234,7 @@ def test_kept_checkpoints_have_no_optimizer_but_the_newest(runs):
 def test_predicted_differences_are_those_of_the_log_ratio(runs, two_models, tmp_path):
     """beta log pi_theta/pi_ref of the pictures that were scored, from scratch, against their rewards."""
     out = tmp_path / "out"
-    evaluate.main(["--run", str(runs / "whole"), "--images_per_prompt", "3", "--predicted", "2", "--output_dir", str(out)])
+    evaluate.main(["--runs", str(runs / "whole"), "--images_per_prompt", "3", "--predicted", "2", "--output_dir", str(out)])
     saved = json.loads(Results(out).prediction("tuned", "toy-small").read_text())
     prompts = load_prompts("toy-small")
     tuned, base = (load_pipeline(str(folder), CPU) for folder in (runs / "whole" / "pipeline", two_models / "base"))
@@ -259,7 +259,7 @@ def test_predicted_differences_are_those_of_the_log_ratio(runs, two_models, tmp_
 def test_comparison_is_shared_by_the_processes(on_two_processes, tmp_path, monkeypatch):
     two = on_two_processes["predicted"]
     assert two.codes == [0, 0], two.errors
-    flags = ["--run", str(on_two_processes["prdp"].folder), *PREDICTED, "--output_dir", str(tmp_path)]
+    flags = ["--runs", str(on_two_processes["prdp"].folder), *PREDICTED, "--output_dir", str(tmp_path)]
     evaluate.main(flags)
     one, other = (Results(folder).prediction("tuned", "toy-small:5") for folder in (tmp_path, two.folder))
     saved = json.loads(one.read_text())
@@ -283,15 +283,15 @@ def test_precision_is_that_of_the_run_unless_given(runs, pipe, tmp_path, monkeyp
     run = shutil.copytree(runs / "whole", tmp_path / "run")
     settings = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(settings | {"autocast": "bf16", "tf32": True}))
-    config, _ = evaluate.parse(["--run", str(run)])
+    config, _ = evaluate.parse(["--runs", str(run)])
     assert (config.autocast, config.tf32) == ("bf16", True)
     assert evaluate.policy_of(pipe, config).denoise.autocast == torch.bfloat16
-    given, _ = evaluate.parse(["--run", str(run), "--autocast", "no"])
+    given, _ = evaluate.parse(["--runs", str(run), "--autocast", "no"])
     assert evaluate.policy_of(pipe, given).denoise.autocast is None
     monkeypatch.setattr(evaluate, "load_set", lambda *_: (_ for _ in ()).throw(ValueError("enough")))
     for more, tf32 in (([], True), (["--tf32", "False"], False)):
         with pytest.raises(SystemExit):
-            evaluate.main(["--run", str(run), *more])
+            evaluate.main(["--runs", str(run), *more])
         assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == tf32
 
 
@@ -318,12 +318,12 @@ def test_runs_checkpoints_and_adapters_open_as_what_was_trained(runs, two_models
 
 
 def test_protocols_are_the_papers(runs, tmp_path, monkeypatch):
-    small, _ = evaluate.parse(["--run", str(runs / "whole"), "--protocol", "small"])
+    small, _ = evaluate.parse(["--runs", str(runs / "whole"), "--protocol", "small"])
     assert (small.prompts, small.images_per_prompt) == (["toy-small"], 256)  # the training prompts; Sec. 4.1
-    large, _ = evaluate.parse(["--run", str(runs / "whole"), "--protocol", "large"])
+    large, _ = evaluate.parse(["--runs", str(runs / "whole"), "--protocol", "large"])
     categories = [f"hpdv2-{category}" for category in ("animation", "concept-art", "painting", "photo")]
     assert (large.prompts, large.images_per_prompt) == (["toy-small:500", "pickapic-test:500", *categories], 64)  # Sec. 4.2
-    fewer, _ = evaluate.parse(["--run", str(runs / "whole"), "--protocol", "large", "--images_per_prompt", "2"])
+    fewer, _ = evaluate.parse(["--runs", str(runs / "whole"), "--protocol", "large", "--images_per_prompt", "2"])
     assert fewer.images_per_prompt == 2
     seen = evaluate.load_set("toy-train:20", small)
     trained_on = [prompt for epoch in range(5) for prompt in draw_prompts(load_prompts("toy-train"), 4, epoch, 0)]
@@ -346,8 +346,8 @@ def test_wrong_input(capsys, two_models, runs, tmp_path):
     (tmp_path / "adapters" / "pytorch_lora_weights.safetensors").write_text("none")
     for argv, message in [
         ([], "--models is missing"),
-        (["--run", str(tmp_path)], "no run folder"),
-        ([*"--protocol large --rewards toy-alignment --models a=b --output_dir x".split()], "needs --run"),
+        (["--runs", str(tmp_path)], "no run folder"),
+        ([*"--protocol large --rewards toy-alignment --models a=b --output_dir x".split()], "needs --runs"),
         ([*good, "--models", "base"], "name=pipeline"),
         ([*good, "--models", "base=/no/where"], "no model '/no/where'"),
         ([*good, "--models", f"base={tmp_path}"], "cannot load a pipeline from the folder"),

@@ -42,7 +42,7 @@ def all_cases(model, folder) -> dict[str, tuple[str, list[str]]]:
     }
     cases["prdp"][1].extend(["--eval_prompts", str(prompts)])
     cases["resumed"] = ("train", ["--resume", f"{folder}/prdp", "--epochs", "3"])
-    cases["evaluate"] = ("evaluate", ["--run", f"{folder}/prdp", "--images_per_prompt", "2"])
+    cases["evaluate"] = ("evaluate", ["--runs", f"{folder}/prdp", "--images_per_prompt", "2"])
     of_model = [
         "--models",
         f"base={model}",

@@ -1,11 +1,13 @@
-"""Resuming a run that an earlier version began: what no longer exists is named in one line."""
+"""Flags: those of runs that an earlier version began, and those that torchrun might take for its own."""
 
 import dataclasses
 import json
 
 import pytest
+from torch.distributed.run import get_args_parser
 
 from config import Config
+from evaluate import EvaluationConfig
 from plumbing.flags import parse
 
 
@@ -27,3 +29,11 @@ def test_a_run_begun_with_what_has_vanished_is_told_so(tmp_path, saved, message)
         parse(["--resume", str(tmp_path)])
     state.write_text(json.dumps({"epoch": 1, "config": settings}))
     assert parse(["--resume", str(tmp_path)]).output_dir == str(tmp_path)
+
+
+def test_torchrun_leaves_every_flag_to_the_script():
+    """It takes the beginning of an option of its own for that option, even behind the script's name, and refuses `--run`."""
+    for kind in (Config, EvaluationConfig):
+        for field in dataclasses.fields(kind):
+            flags = [f"--{field.name}", "value"]
+            assert get_args_parser().parse_args(["--nproc_per_node=8", "script.py", *flags]).training_script_args == flags

@@ -164,6 +164,6 @@ def test_two_gpus_equal_one(model_folder, tmp_path):
 
 def test_evaluation_runs_and_predicts(model_folder, tmp_path):
     train.main(arguments(model_folder, tmp_path / "run", "--epochs", "2", "--autocast", "bf16"))
-    evaluate.main(["--run", str(tmp_path / "run"), "--prompts", "toy-small:6", "--images_per_prompt", "2"])
+    evaluate.main(["--runs", str(tmp_path / "run"), "--prompts", "toy-small:6", "--images_per_prompt", "2"])
     rows = json.loads((tmp_path / "run" / "evaluation" / "results.json").read_text())["results"]
     assert [row["model"] for row in rows] == ["base", "tuned"] and rows[1]["prediction_correlation"] is not None
