@@ -195,10 +195,10 @@ def _batches(policy: Policy, trajectories: Trajectories, entries: Tensor, batch_
 def log_prob_table(policy: Policy, trajectories: Trajectories, batch_size: int, entries: Tensor | None = None) -> Tensor:
     """log pi_theta(x_{t-1} | x_t, c) of every stored step, without gradient -> (M, S) in fp64 on the CPU.
 
-    entries: (M, S) bool, those that are wanted; the others are zero.
+    entries: (M, S) bool, those that are wanted; the others are NaN.
     """
     wanted = torch.ones(trajectories.log_probs.shape, dtype=torch.bool) if entries is None else entries
-    table = torch.zeros(wanted.shape, dtype=torch.float64)
+    table = torch.full(wanted.shape, math.nan, dtype=torch.float64)
     log_probs = [
         gaussian_log_prob(x_prev, *gaussian(policy, x_t, i, cond), policy.log_prob_reduction)
         for _, x_t, x_prev, i, cond in _batches(policy, trajectories, wanted, batch_size)

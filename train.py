@@ -66,7 +66,7 @@ def train(config: Config, run: Run, pipe, policy: Policy, reference: Reference, 
             run.measure_rounding(mine)
         else:
             with reference(policy) as pi_ref:
-                log_probs_ref = table(pi_ref)
+                log_probs_ref = table(pi_ref, comparators.asked_of_reference(comparator, N, B, S, config.seed, epoch))
         run.lap("reference")
 
         def eq_18(log_probs: torch.Tensor) -> torch.Tensor:

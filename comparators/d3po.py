@@ -45,6 +45,8 @@ def d3po_loss(
 class D3PO:
     """K disjoint minibatches of pairs of trajectories, one update on each."""
 
+    needs_reference = True
+
     def __init__(self, config: Config):
         self.config = config
         self.remembers = {}

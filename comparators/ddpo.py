@@ -69,6 +69,8 @@ class PromptStatistics:
 class DDPO:
     """K disjoint minibatches of trajectories, one update on each; with --score_function one update on all."""
 
+    needs_reference = False
+
     def __init__(self, config: Config):
         self.config = config
         self.statistics = PromptStatistics(config.statistics_size, config.statistics_min_count)

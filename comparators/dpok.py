@@ -69,6 +69,8 @@ class DPOK:
 
     CRITIC_BATCH, CRITIC_LEARNING_RATE = 256, 1e-4
 
+    needs_reference = False  # its divergence asks for means, step by step
+
     def __init__(
         self, config: Config, policy: Policy, *, text_width: int, text_of: Callable[[Condition], Tensor],
         mu_ref: Callable[[Tensor, Tensor, Condition], Tensor], all_sum_gradients: Callable[[Iterable[nn.Parameter]], None],

@@ -37,7 +37,7 @@ class Epoch:
     prompts: list[str]  # N
     rewards: Tensor  # (N, B)
     log_probs_old: Tensor  # (N, B, S)
-    log_probs_ref: Tensor  # (N, B, S)
+    log_probs_ref: Tensor  # (N, B, S); NaN at most entries, where a method does not need it
     entries: list[Tensor]  # (N, B, S), bool, of every update: what the method has said they are
     mine: Trajectories  # the M of the N * B that this process holds
     share: Share  # which they are

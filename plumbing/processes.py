@@ -33,6 +33,7 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 CONNECTING = 120  # seconds that processes have for finding one another at the start
 WORKING = timedelta(days=7)  # that one may wait for another later on: longer than any evaluation
 LISTING = 60  # seconds after which a network file system shows what another machine has written
+BUCKET = 2**25  # numbers in a message of gradients
 GRADIENTS: dist.ProcessGroup | None = None  # by which GPUs sum gradients; None is the group of all, by gloo
 
 
@@ -234,12 +235,26 @@ def peak_memory_gib() -> float:
 
 def all_sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Replaces every gradient by its sum over all processes; what no local step touched counts as zero."""
+    bucket, size = [], 0
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        if WORLD_SIZE > 1:
-            with connected():
-                dist.all_reduce(parameter.grad, group=GRADIENTS)
+        bucket.append(parameter.grad)
+        size += parameter.numel()
+        if size >= BUCKET:
+            all_sum(bucket)
+            bucket, size = [], 0
+    all_sum(bucket)
+
+
+def all_sum(tensors: list[Tensor]) -> None:
+    """Replaces the tensors by their sums over all processes, in one message."""
+    if WORLD_SIZE > 1 and tensors:
+        together = torch.cat([tensor.flatten() for tensor in tensors])
+        with connected():
+            dist.all_reduce(together, group=GRADIENTS)
+        for tensor, part in zip(tensors, together.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
 
 
 def say(message: str) -> None:

@@ -25,6 +25,7 @@ from plumbing.errors import complain
 from plumbing.pipeline import sample_images
 from plumbing.processes import RANK, WORLD_SIZE, all_gather, all_wait_for_first, say
 from plumbing.reward_models import Reward
+from plumbing.scores import mean_and_error
 from rdp_loss import log_ratio, prediction_quality
 from sampler import EVALUATION, Policy, Trajectories
 
@@ -117,6 +118,7 @@ class Run:
         if config.method == "prdp":
             rhat = log_ratio(log_probs.detach(), log_probs_ref, config.step_reduction)
             correlation, slope = prediction_quality(rhat, rewards, config.kl_weight)
+        kl_nats, kl_nats_error = mean_and_error(kl_samples((log_probs_old - log_probs_ref) * self.policy.in_nats))
         beyond = (log_probs.detach() - log_probs_old)[entries].abs() > config.clip_range
         line = {
             "epoch": self.completed + 1,
@@ -125,7 +127,8 @@ class Run:
             "loss": loss.item(),
             "correlation": correlation,
             "slope": slope,
-            "kl_nats": (log_probs_old - log_probs_ref).sum(-1).mean().item() * self.policy.in_nats,
+            "kl_nats": kl_nats,
+            "kl_nats_error": kl_nats_error,
             "clip_fraction": beyond.float().mean().item(),
             "log_prob_drift": None if config.offline else all_gather(lambda: self.drift.view(1)).max().item(),
             "rounding": self.rounding,
@@ -224,6 +227,15 @@ class Run:
             complain(error)
         finally:
             signal.signal(signal.SIGTERM, usual)
+
+
+def kl_samples(log_ratio: Tensor) -> Tensor:
+    """Of log pi_old/pi_ref in nats (N, B, S) unbiased samples of the trajectories' KL: their sums over steps.
+
+    Where some are NaN (comparators.asked_of_reference), each of the others, which were drawn at random, stands for S like it.
+    """
+    known = ~log_ratio.isnan()
+    return log_ratio.sum(-1).flatten() if known.all() else log_ratio[known] * log_ratio.shape[-1]
 
 
 def read_run(run: Path) -> dict:

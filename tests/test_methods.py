@@ -21,6 +21,7 @@ from comparators.epoch import Epoch, Update
 from plumbing.flags import parse
 from plumbing.pipeline import pooled
 from plumbing.processes import Share, all_sum_gradients
+from plumbing.run import kl_samples
 from plumbing.trainable import reference_mean
 from sampler import REDUCTIONS, Policy, backward_through_table, gaussian, gaussian_log_prob, log_prob_table
 
@@ -95,6 +96,31 @@ def test_updates_are_shared_out_evenly(pipe, name, steps, limit, processes, monk
         assert fullest <= limit * sum(math.ceil(some.sum().item() / unit / processes) * unit for some in entries)
 
 
+@pytest.mark.parametrize("name, needed", [("prdp", True), ("d3po", True), ("ddpo", False), ("dpok", False)])
+def test_the_reference_is_asked_only_what_is_needed(pipe, name, needed):
+    method = method_of(parse(["--method", name, "--shared_x_T", "True"]), make_policy(pipe))
+    asked = [comparators.asked_of_reference(method, 16, 8, 50, 0, epoch) for epoch in range(2)]
+    assert [entries.sum().item() for entries in asked] == [6400 if needed else 320] * 2
+    assert torch.equal(*asked) == needed  # a few are others in every epoch
+
+
+def test_kl_of_a_few_steps_is_unbiased_and_knows_its_error():
+    log_ratio = torch.randn(4, 3, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + torch.arange(10) / 5
+    whole = kl_samples(log_ratio)
+    torch.testing.assert_close(whole, log_ratio.sum(2).flatten())
+    estimates, errors = [], []
+    for seed in range(2000):
+        few = torch.randperm(120, generator=torch.Generator().manual_seed(seed))[:12]
+        known = torch.full((120,), math.nan, dtype=torch.float64).scatter(0, few, log_ratio.flatten()[few])
+        samples = kl_samples(known.view(4, 3, 10))
+        assert len(samples) == 12
+        estimates.append(samples.mean())
+        errors.append(samples.std() / 12**0.5)
+    estimates = torch.stack(estimates)
+    assert (estimates.mean() - whole.mean()).abs() < 4 * estimates.std() / 2000**0.5
+    assert estimates.std() == pytest.approx(torch.stack(errors).mean().item(), rel=0.1)
+
+
 @pytest.mark.parametrize("critic", ["True", "False"])
 def test_dpok_takes_random_steps_and_subtracts_the_critic(pipe, critic):
     epoch, method, _ = an_epoch(pipe, *FLAGS["dpok"].split(), "--critic", critic, "--reward_scale", "2")
@@ -131,7 +157,7 @@ def test_part_of_a_table_is_that_part_of_the_whole(pipe):
     drawn = trajectories(policy, pipe)
     entries = torch.rand(drawn.log_probs.shape, generator=torch.Generator().manual_seed(0)) < 0.5
     part = log_prob_table(policy, drawn, 5, entries)
-    assert (part[~entries] == 0).all()
+    assert part[~entries].isnan().all()
     torch.testing.assert_close(part[entries], drawn.log_probs[entries], rtol=0, atol=2e-5)
 
 

@@ -156,9 +156,25 @@ def test_nccl_connects_before_any_work(monkeypatch):
     joined = [("init", "gloo", processes.WORKING), ("all_reduce", gpu, "group of nccl"), ("synchronize",)]
     assert recorder.calls == [("set_device", gpu), *joined]
     parameter = torch.nn.Parameter(torch.empty(1))
-    parameter.grad = torch.empty(1)
+    parameter.grad = torch.ones(1)
     processes.all_sum_gradients([parameter])
     assert recorder.calls[-1] == ("all_reduce", parameter.grad, "group of nccl")
+
+
+def test_gradients_travel_in_few_messages(monkeypatch):
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((2, 3), (4,), (1, 1, 5), (7,), (2,))]
+    grads = [torch.randn(parameter.shape) for parameter in parameters]
+    for parameter, grad in zip(parameters, grads, strict=True):
+        parameter.grad = grad.clone()
+    parameters[3].grad = None  # what no local step touched
+    messages = []
+    monkeypatch.setattr(processes, "WORLD_SIZE", 2)
+    monkeypatch.setattr(processes, "BUCKET", 9)
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, group: messages.append(len(tensor)) or tensor.mul_(2).add_(1))
+    processes.all_sum_gradients(parameters)
+    assert messages == [6 + 4, 5 + 7, 2]
+    for n, (parameter, grad) in enumerate(zip(parameters, grads, strict=True)):
+        torch.testing.assert_close(parameter.grad, torch.ones_like(grad) if n == 3 else 2 * grad + 1)
     assert timedelta(days=1) < processes.WORKING < timedelta(days=24)  # in milliseconds it has to fit 31 bits
 
 
