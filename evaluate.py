@@ -194,16 +194,16 @@ def all_predict(
         return
 
     def rhat_of_share() -> torch.Tensor:
-        rhat = torch.empty(0, B, dtype=torch.float64)
-        for n in range(RANK * number // WORLD_SIZE, (RANK + 1) * number // WORLD_SIZE):
-            policy, reference = policy_of(opened(), config), policy_of(base(), config)
+        share, rhat = range(RANK * number // WORLD_SIZE, (RANK + 1) * number // WORLD_SIZE), []
+        if not share:
+            return torch.empty(0, B, dtype=torch.float64)
+        policy, reference = policy_of(opened(), config), policy_of(base(), config)
+        for n in share:
             cond = encode_prompts(opened(), [prompts[n]] * B)
             drawn = sample_trajectories(policy, cond, [(config.seed, EVALUATION, n, b) for b in range(B)], B)
             log_probs_ref = log_prob_table(reference, drawn, config.batch_size)
-            in_nats = policy.in_nats if model.run["log_prob_reduction"] == "sum" else 1
-            ratio = log_ratio(drawn.log_probs, log_probs_ref, model.run["step_reduction"]) * in_nats
-            rhat = torch.cat([rhat, ratio.unsqueeze(0)])
-        return rhat
+            rhat.append(log_ratio(drawn.log_probs, log_probs_ref, model.run["step_reduction"]))
+        return torch.stack(rhat) * (policy.in_nats if model.run["log_prob_reduction"] == "sum" else 1)
 
     rhat, beta = all_gather(rhat_of_share), model.run["kl_weight"]
 

@@ -43,7 +43,7 @@ def train(config: Config, run: Run, pipe, policy: Policy, reference: Reference, 
     for epoch in run.epochs():  # from here on theta_old is what log_probs_old will remember of theta                      # 2
         drawn = draw_prompts(prompts, N, epoch, config.seed)                                                               # 3
         entries = [torch.ones(N, B, S, dtype=torch.bool)] * K if comparator is None else comparator.entries(N, B, S, epoch)
-        share = Share([some.flatten(0, 1).sum(1) for some in entries])
+        share = Share(entries)
         names = [(config.seed, epoch, *divmod(row, B)) for row in share.rows.tolist()]
         texts = [drawn[n] for _, _, n, _ in names]
         with reference(policy) if config.offline else nullcontext(policy) as drawing:  # offline (Sec. 4.3): pi_ref draws
@@ -100,8 +100,8 @@ def load(config: Config, device: torch.device) -> tuple[list[str], list[str], Re
     """Prompts, evaluation prompts, reward and pipeline; ValueError saying what is missing and what would need no download."""
     try:
         if device.type == "cpu" and config.model == Config(**PRESETS[config.preset]).model != "toy":
-            model = Config(**PRESETS[config.preset]).model
-            raise ValueError(f"preset {config.preset} finetunes {model}, for which a CUDA GPU is missing (one for every process)")
+            needed = "for which a CUDA GPU is missing (one for every process)"
+            raise ValueError(f"preset {config.preset} finetunes {config.model}, {needed}")
         prompts = load_prompts(config.prompts, config.prompts_dir)
         eval_prompts = load_prompts(config.eval_prompts, config.prompts_dir) if config.eval_prompts else []
         reward = load_rewards(config.reward, config.reward_weights, device, DTYPES[config.reward_dtype])

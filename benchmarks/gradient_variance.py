@@ -75,8 +75,7 @@ def gradients(config: Config, policy: Policy, pipe, trained: dict, epochs: int, 
         old = log_prob_table(policy, trajectories, config.log_prob_batch_size).view(N, B, -1)
         if method:
             entries = method.entries(N, B, old.shape[-1], epoch)
-            share = Share([some.flatten(0, 1).sum(1) for some in entries])
-            update = next(method.updates(Epoch(drawn, rewards, old, old, entries, trajectories, share, epoch)))
+            update = next(method.updates(Epoch(drawn, rewards, old, old, entries, trajectories, Share(entries), epoch)))
             loss_of = update.loss  # of DPOK's divergence the gradient at the reference is zero
         else:
             loss_of = functools.partial(

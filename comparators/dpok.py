@@ -108,8 +108,8 @@ class DPOK:
     @torch.no_grad()
     def values(self, epoch: Epoch) -> Tensor:
         """V of every entry of the table of all processes, (N, B, S)."""
-        every = torch.ones(epoch.mine.log_probs.shape).nonzero().split(self.CRITIC_BATCH)
         mine = epoch.mine.log_probs.shape
+        every = torch.ones(mine).nonzero().split(self.CRITIC_BATCH)
         values = epoch.share.all_gather(lambda: torch.cat([self.value(epoch.mine, *some.unbind(1)) for some in every]).view(mine))
         return values.view_as(epoch.log_probs_old).to(epoch.log_probs_old)
 

@@ -197,16 +197,16 @@ def all_check_shared(folder: Path) -> None:
 
 
 class Share:
-    """Which of R rows of work this process does.
+    """Which of R = N * B rows of an (N, B, S) table this process works on.
 
-    costs: (R,) for each of several phases of the work, between which the processes wait for one another. Every process has
-    equally many rows, up to one, and of every phase about the same costs.
+    entries: (N, B, S), bool, of each of several phases of the work, between which the processes wait for one another. Every
+    process has equally many rows, up to one, and of every phase about as many entries.
     """
 
-    def __init__(self, costs: Sequence[Tensor]):
-        by_row = torch.stack(list(costs), 1).tolist()
+    def __init__(self, entries: Sequence[Tensor]):
+        by_row = torch.stack([some.flatten(0, 1).sum(1) for some in entries], 1).tolist()
         every: list[list[int]] = [[] for _ in range(WORLD_SIZE)]
-        loads = [[0.0] * len(costs) for _ in every]
+        loads = [[0] * len(entries) for _ in every]
         for row in sorted(range(len(by_row)), key=lambda row: (-max(by_row[row]), by_row[row].index(max(by_row[row])))):
             fewest = min(map(len, every))
             free = [rank for rank, rows in enumerate(every) if len(rows) == fewest]

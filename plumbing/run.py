@@ -87,8 +87,7 @@ class Run:
         # Methods with a memory change it from the beginning; weights change after check().
         self.whole, self.in_updates = not self.remembers, True
         with processes.uninterrupted():
-            yield
-        self.in_updates = False
+            yield  # all_record() ends it
 
     def check(self, k: int, loss: Tensor, grad_norm: Tensor, recomputed: Tensor, mine: Trajectories) -> None:
         """FloatingPointError if update k, which is made next, is not finite, in every process alike.

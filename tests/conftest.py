@@ -90,6 +90,13 @@ class OnTwo:
     codes: list[int]
     errors: list[str]
 
+    def told_by_the_second(self) -> str:
+        """The one line of error where only the second process has one, and both have ended by it."""
+        assert self.codes == [2, 2] and "error" not in self.errors[0], self.errors
+        (line,) = [line for line in self.errors[1].splitlines() if ": error" in line]
+        assert "error in process 1 on" in line
+        return line
+
 
 @pytest.fixture(scope="session")
 def on_two_processes(model_folder, two_models, tmp_path_factory) -> dict[str, OnTwo]:

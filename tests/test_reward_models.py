@@ -13,8 +13,21 @@ from PIL import Image
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from benchmarks import rehearsal
+from miniature import WEIGHTS
 from plumbing import reward_models
-from plumbing.reward_models import SOURCES, aesthetic, cached, clipscore, eight_bit, hpsv2, letterbox, local_weights, pickscore
+from plumbing.pipeline import load_pipeline
+from plumbing.reward_models import (
+    SOURCES,
+    aesthetic,
+    cached,
+    clip,
+    clipscore,
+    eight_bit,
+    hpsv2,
+    letterbox,
+    local_weights,
+    pickscore,
+)
 from rewards import load_reward, load_rewards
 
 CPU, FP32 = torch.device("cpu"), torch.float32
@@ -232,3 +245,16 @@ def test_missing_and_wrong_weights_say_what_belongs_where(weights, tmp_path, mon
 
 def offline(*_, **__):
     raise OSError("no connection")
+
+
+def test_a_device_that_does_not_take_weights_is_named_and_no_file_is_missed(weights):
+    gpu = torch.device("cuda", 0)  # conftest.py hides it, if there is one
+    for what, load in (
+        ("the reward model 'hpsv2'", lambda: hpsv2(weights, gpu, torch.float32)),
+        ("the reward model 'clip'", lambda: clip("clip", weights["clip"], gpu, torch.float32)),
+        ("the reward model 'aesthetic'", lambda: load_reward("aesthetic", [f"{n}={p}" for n, p in weights.items()], gpu)),
+        (f"the pipeline '{WEIGHTS}'", lambda: load_pipeline("toy", gpu)),
+    ):
+        with pytest.raises(ValueError, match=f"cuda:0 did not take {what}: ") as error:
+            load()
+        assert "reward weights" not in str(error.value)
