@@ -49,6 +49,7 @@ class Config:
     clip_range: float = setting(1e-6, "epsilon of the stepwise clip, in the unit of log-probs (Eq. 20), or of ratios around 1.")
     log_prob_reduction: Literal["mean", "sum"] = setting("mean", "Log-probs over latent dimensions: mean (paper) or sum (nats).")
     step_reduction: Literal["mean", "sum"] = setting("mean", "Log-ratios over steps: mean (Appendix G) or sum (Eq. 10).")
+    reference_steps: int = setting(0, "NOT IN PAPER: ask pi_ref on so many random steps of a trajectory; 0 for all. prdp, K = 1.")
     shared_x_T: bool = setting(False, "The images of a prompt start from the same x_T. NOT IN PAPER: makes Eq. 9 exact.")
     seed: int = setting(0, "Of noise and prompt order.")
 
@@ -163,6 +164,13 @@ def check(config: Config, world_size: int) -> None:
     for name in positive if ablation else ("kl_weight", *positive):
         if not 0 < getattr(config, name) < float("inf"):
             raise ValueError(f"{name} must be a positive number, not {getattr(config, name)}")
+    if not 0 <= config.reference_steps <= config.num_steps:
+        raise ValueError(f"reference_steps must be between 0 and num_steps={config.num_steps}, not {config.reference_steps}")
+    if config.reference_steps and (config.method != "prdp" or config.updates_per_epoch > 1):
+        raise ValueError(
+            "reference_steps is for --method prdp and --updates_per_epoch 1 (the maximum of Eq. 18 makes the gradient of later "
+            f"updates biased), not {config.method} and {config.updates_per_epoch}"
+        )
     if config.score_function and config.updates_per_epoch > 1:
         raise ValueError(f"score_function is for updates_per_epoch=1, not {config.updates_per_epoch}: it knows no theta_old")
     if config.method == "d3po" and (config.images_per_prompt % 2 or not config.shared_x_T):

@@ -30,6 +30,15 @@ def log_ratio(log_probs: Tensor, log_probs_ref: Tensor, step_reduction: str = "m
     return STEP_REDUCTIONS[step_reduction](log_probs - log_probs_ref, -1)
 
 
+def spread_over_steps(log_probs_ref: Tensor, log_probs_old: Tensor) -> Tensor:
+    """log_probs_ref (N, B, S) with what is not known (NaN) estimated: each trajectory's mean of log pi_old/pi_ref at all steps.
+
+    NOT IN PAPER (--reference_steps). Drawn at random, the known steps leave rhat of Eq. 10 unbiased, and with K = 1 the gradient
+    too: it is linear in rhat. The maximum of Eq. 18 over later updates is not.
+    """
+    return log_probs_old - (log_probs_old - log_probs_ref).nanmean(-1, keepdim=True)
+
+
 def pairwise_differences(values: Tensor) -> Tensor:
     """Delta_ij = values_i - values_j within each prompt, (N, B) -> (N, B, B)  (Eq. 11, 12)."""
     return values.unsqueeze(-1) - values.unsqueeze(-2)

@@ -36,24 +36,25 @@ MODEL = "toy"
 SEARCH_SEED = 100
 LEARNING_RATES = ("3e-6", "1e-5", "3e-5", "1e-4", "3e-4", "1e-3", "3e-3")  # the search begins with the three in the middle
 
+BOTH = "--preset toy --prompts_per_epoch 8 --images_per_prompt 8 --log_prob_batch_size 160 --train_batch_size 160"
 # At a scale the same prompts, pictures and reward queries for all methods, and the same seeds in evaluation.
 SCALES = {
-    "small": "--preset toy --prompts toy-small --prompts_per_epoch 8 --images_per_prompt 8 --save_every 5 --keep_every 5",
-    "large": "--preset toy --prompts toy-train --prompts_per_epoch 8 --images_per_prompt 8 --save_every 5 --keep_every 0",
+    "small": f"{BOTH} --prompts toy-small --save_every 2 --keep_every 2",
+    "large": f"{BOTH} --prompts toy-train --save_every 4 --keep_every 0",
     # Where the optimum is within reach: in nats, beta a tenth of the reward's range, and adapters, whose gradients are less noisy
     "prediction": "--preset toy --prompts toy-small --prompts_per_epoch 8 --images_per_prompt 16 --lora_rank 8 "
     "--log_prob_reduction sum --step_reduction sum --kl_weight 0.1 --save_every 15 --keep_every 15",
 }
-EPOCHS = {"small": 32, "large": 60, "prediction": 45}
+EPOCHS = {"small": 12, "large": 48, "prediction": 45}
 EVALUATIONS = {
     "small": "--prompts toy-small --images_per_prompt 16",
     "large": "--prompts toy-train:128 toy-heldout-one toy-heldout-two --images_per_prompt 4",
 }
-# Updates as in each method's paper, but for PRDP's passes at the small scale, 4 instead of 10. Clip ranges are theirs in nats:
+# Updates of an epoch are as in each method's paper. Clip ranges are theirs in nats:
 # times 64/3, for D = 768 instead of 16384. D3PO's is as wide as it can be: its 0.1 spans over 3000 nats there.
 METHODS = {
-    ("prdp", "small"): "--method prdp --updates_per_epoch 4 --clip_range 2.13e-5",
-    ("prdp unclipped", "small"): "--method prdp --updates_per_epoch 4 --clip_range 1e9",
+    ("prdp", "small"): "--method prdp --updates_per_epoch 10 --clip_range 2.13e-5",
+    ("prdp unclipped", "small"): "--method prdp --updates_per_epoch 10 --clip_range 1e9",
     ("prdp", "large"): "--method prdp --updates_per_epoch 1 --clip_range 2.13e-3",
     ("ddpo", "small"): "--method ddpo --updates_per_epoch 4 --clip_range 2.13e-3",
     ("ddpo", "large"): "--method ddpo --updates_per_epoch 4 --clip_range 2.13e-3",
@@ -81,6 +82,7 @@ VARIANTS: dict[str, tuple[str, str, str]] = {  # name: method, scale and what is
     "D3PO": ("d3po", "small", ""),
     "PRDP large": ("prdp", "large", ""),
     "PRDP large shared x_T": ("prdp", "large", "--shared_x_T"),
+    "PRDP large reference on one step": ("prdp", "large", "--reference_steps 1"),
     "DDPO large": ("ddpo", "large", ""),
     "DDPO large unclipped": ("ddpo", "large", "--clip_range 1e9"),
     "DDPO large own statistics": ("ddpo", "large", "--statistics_min_count 8"),
@@ -90,6 +92,7 @@ VARIANTS: dict[str, tuple[str, str, str]] = {  # name: method, scale and what is
     "T = 5": ("prdp", "prediction", "--epochs 120"),
     "T = 10": ("prdp", "prediction", "--num_steps 10"),
     "T = 20": ("prdp", "prediction", "--num_steps 20 --epochs 30"),
+    "reference on one step": ("prdp", "prediction", "--reference_steps 1"),
     "independent x_T": ("prdp", "prediction", "--shared_x_T False"),
     "K = 4, clipped": ("prdp", "prediction", "--updates_per_epoch 4 --clip_range 0.3 --epochs 15"),
     "four times the pictures": ("prdp", "prediction", "--images_per_prompt 64 --epochs 30"),

@@ -27,7 +27,7 @@ from plumbing.processes import WORLD_SIZE, Share, all_or_none, all_sum_gradients
 from plumbing.prompts import draw_prompts, load_prompts
 from plumbing.run import Run
 from plumbing.trainable import Reference, make_trainable, reference_mean, save_result, trained_parameters
-from rdp_loss import prdp_loss
+from rdp_loss import prdp_loss, spread_over_steps
 from rewards import Reward, RewardError, load_rewards
 from sampler import Policy, backward_through_table, log_prob_table, sample_trajectories
 
@@ -58,15 +58,15 @@ def train(config: Config, run: Run, pipe, policy: Policy, reference: Reference, 
             wanted = None if some is None else share.of(some)
             return share.all_gather(lambda: log_prob_table(pi, mine, config.log_prob_batch_size, wanted)).view(N, B, S)
 
-        # What is remembered of theta_old is this table. NOT IN PAPER: with K > 1 it is made again, in the batches
-        # of the later ones, so that rounding does not pass for a log-ratio.
-        log_probs_old = table(policy) if K > 1 or config.offline else share.all_gather(lambda: mine.log_probs).view(N, B, S)
-        if epoch == 0:  # theta is ref: main() has started it there                                                        # 1
-            log_probs_ref = log_probs_old
-            run.measure_rounding(mine)
-        else:
+        # NOT IN PAPER: for PRDP's K > 1 theta_old's table is made again in the updates' batches; rounding must be no log-ratio.
+        again = config.offline or (comparator is None and K > 1)
+        log_probs_old = table(policy) if again else share.all_gather(lambda: mine.log_probs).view(N, B, S)
+        log_probs_ref = log_probs_old  # in the first epoch theta is ref: main() has started it there                      # 1
+        if epoch > 0:
             with reference(policy) as pi_ref:
-                log_probs_ref = table(pi_ref, comparators.asked_of_reference(comparator, N, B, S, config.seed, epoch))
+                log_probs_ref = table(pi_ref, comparators.asked_of_reference(config, comparator, (N, B, S), epoch))
+            if config.reference_steps:
+                log_probs_ref = spread_over_steps(log_probs_ref, log_probs_old)
         run.lap("reference")
 
         def eq_18(log_probs: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,8 @@ A further method is one more file, a name in config.py's `method`, and a case he
     remembers                 by name what outlives an epoch: anything with state_dict() and load_state_dict(), for checkpoints
 """
 
+import math
+
 import torch
 
 from comparators.d3po import D3PO
@@ -34,9 +36,13 @@ def chosen(config: Config, policy: Policy, **of_dpok) -> Comparator | None:
             return D3PO(config)
 
 
-def asked_of_reference(comparator: Comparator | None, N: int, B: int, S: int, seed: int, epoch: int) -> torch.Tensor:
-    """The entries (N, B, S), bool, at which pi_ref is evaluated: all if the loss reads them, else one in 20 for kl_nats."""
-    if comparator is None or comparator.needs_reference:
-        return torch.ones(N, B, S, dtype=torch.bool)
-    few = torch.randperm(N * B * S, generator=stream(seed, epoch))[: max(32, N * B * S // 20)]
-    return parts_of_table([few], N * B * S, N, B, S)[0]
+def asked_of_reference(config: Config, comparator: Comparator | None, shape: tuple[int, int, int], epoch: int) -> torch.Tensor:
+    """The entries (N, B, S), bool, at which pi_ref is evaluated: those that the loss reads, else one in 20 for kl_nats.
+
+    With --reference_steps n they are n of every trajectory, drawn anew in every epoch.
+    """
+    generator, size = stream(config.seed, epoch), math.prod(shape)
+    if comparator is not None and not comparator.needs_reference:
+        few = torch.randperm(size, generator=generator)[: max(32, size // 20)]
+        return parts_of_table([few], size, *shape)[0]
+    return torch.rand(shape, generator=generator).argsort(-1) < (config.reference_steps or shape[-1])

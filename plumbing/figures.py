@@ -35,6 +35,16 @@ def draw_curves(panels: dict[str, list[str]], result: dict, path: Path) -> None:
     plots.curves(lines, "reward, mean over 5 epochs", path)
 
 
+def draw_over_kl(panels: dict[str, list[str]], result: dict, path: Path) -> None:
+    """Training reward against the KL of theta_old from the reference in nats, a point an epoch; smoothed alike, a seed a line."""
+    points = {
+        name: [[smoothed(run[key]) for key in ("kl_nats", "reward_mean")] for run in seeds.values()]
+        for name, seeds in result["runs"].items()
+    }
+    lines = {title: {name: points[name] for name in names} for title, names in panels.items()}
+    plots.trails(lines, "KL from the reference, nats", "reward, both means over 5 epochs", path)
+
+
 def means(result: dict, model: str, prompts: str, reward: str = "toy-alignment") -> list[float]:
     """A model's scores, one for every seed."""
     return [sets[prompts][reward]["mean"] for sets in result["scores"][model].values()]
@@ -123,13 +133,21 @@ TARGETS = {
         {SMALL: ["PRDP", "PRDP shared x_T"], LARGE: ["PRDP large", "PRDP large shared x_T"]},
         draw_curves,
     ),
+    "reference": Target(
+        "The reference on one step of four", {LARGE: ["PRDP large", "PRDP large reference on one step"]}, draw_curves
+    ),
+    "kl": Target(
+        "Reward at equal KL from the reference",
+        {SMALL: ["PRDP", "DDPO", "DPOK", "D3PO"], LARGE: ["PRDP large", "DDPO large"]},
+        draw_over_kl,
+    ),
     "variance": Target("Gradient variance", {}, draw_signal, script="gradient_variance"),
     "prediction": Target(
         "Predicted and actual reward differences",
         {
             "": [
-                "T = 5", "T = 10", "T = 20", "independent x_T", "K = 4, clipped", "four times the pictures", "every weight",
-                "beta 1e-3, every weight", "beta 1e-5, every weight", "colourfulness",
+                "T = 5", "T = 10", "T = 20", "reference on one step", "independent x_T", "K = 4, clipped",
+                "four times the pictures", "every weight", "beta 1e-3, every weight", "beta 1e-5, every weight", "colourfulness",
             ]
         },
         draw_prediction, script="prediction",

@@ -138,6 +138,24 @@ def curves(panels: dict[str, dict[str, list[list[float]]]], ylabel: str, path: P
     finish(figure, path, 110)
 
 
+def trails(panels: dict[str, dict[str, list]], xlabel: str, ylabel: str, path: Path) -> None:
+    """One quantity against another, a line for every seed. panels: title -> name -> [x by epoch, y by epoch] of every seed."""
+    figure, every = plt.subplots(
+        1, len(panels), figsize=(4.8 * len(panels), 3.6), squeeze=False, sharey=True, layout="constrained"
+    )
+    for axes, (title, lines) in zip(every[0], panels.items(), strict=True):
+        for n, (name, seeds) in enumerate(lines.items()):
+            for seed, (x, y) in enumerate(seeds):
+                axes.plot(x, y, color=f"C{n}", linewidth=1, alpha=0.8, label=None if seed else name)
+                axes.plot(x[-1:], y[-1:], "o", color=f"C{n}", markersize=4)
+        axes.set(title=title, xlabel=xlabel)
+        axes.set_xscale("symlog", linthresh=1)
+        axes.legend(frameon=False, fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    every[0][0].set_ylabel(ylabel)
+    finish(figure, path, 110)
+
+
 def dots(panels: dict[str, dict[str, list[float]]], xlabel: str, path: Path) -> None:
     """A dot for every seed and a line at their mean. panels: title -> row -> a number for every seed."""
     rows = len(next(iter(panels.values())))

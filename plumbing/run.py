@@ -100,6 +100,8 @@ class Run:
             error.shared, error.told = True, RANK > 0
             raise error
         self.whole = False
+        if k == 0 and self.completed == 0:
+            self.measure_rounding(mine)
         if k == 0:
             self.drift = (recomputed - mine.log_probs).abs().nan_to_num().max()
 

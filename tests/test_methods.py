@@ -98,8 +98,9 @@ def test_updates_are_shared_out_evenly(pipe, name, steps, limit, processes, monk
 
 @pytest.mark.parametrize("name, needed", [("prdp", True), ("d3po", True), ("ddpo", False), ("dpok", False)])
 def test_the_reference_is_asked_only_what_is_needed(pipe, name, needed):
-    method = method_of(parse(["--method", name, "--shared_x_T", "True"]), make_policy(pipe))
-    asked = [comparators.asked_of_reference(method, 16, 8, 50, 0, epoch) for epoch in range(2)]
+    config = parse(["--method", name, "--shared_x_T", "True"])
+    method = method_of(config, make_policy(pipe))
+    asked = [comparators.asked_of_reference(config, method, (16, 8, 50), epoch) for epoch in range(2)]
     assert [entries.sum().item() for entries in asked] == [6400 if needed else 320] * 2
     assert torch.equal(*asked) == needed  # a few are others in every epoch
 
