@@ -4,6 +4,7 @@ The defaults are the paper's small-scale HPSv2 experiment (Table 4, first column
 line replaces any.
 """
 
+import argparse
 import dataclasses
 from dataclasses import dataclass
 from typing import Literal
@@ -16,6 +17,18 @@ def setting(default, help: str):
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help})
     return dataclasses.field(default=default, metadata={"help": help})
+
+
+AUTO = 0  # a batch size until plumbing/batches.py has found what memory holds
+
+
+def BatchSize(value: str) -> int:
+    """A batch size from the command line: a type, to the parser."""
+    if value == "auto":
+        return AUTO
+    if not value.isdecimal() or int(value) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, or auto, not {value}")
+    return int(value)
 
 
 DTYPES = {"no": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -75,9 +88,11 @@ class Config:
     max_grad_norm: float = setting(1.0, "The gradient's global norm is clipped to this.")
 
     # How it is computed; none of this changes the result by more than rounding, which every run measures at its start
-    sample_batch_size: int = setting(16, "Trajectories sampled, decoded and scored at a time, per process.")
-    log_prob_batch_size: int = setting(16, "(trajectory, step) entries of the table per forward pass, per process.")
-    train_batch_size: int = setting(8, "(trajectory, step) entries of the table per backward pass, per process.")
+    sample_batch_size: BatchSize = setting(16, "Trajectories sampled, decoded and scored at a time, per process; or auto.")
+    log_prob_batch_size: BatchSize = setting(
+        16, "(trajectory, step) entries of the table per forward pass, per process; or auto."
+    )
+    train_batch_size: BatchSize = setting(8, "(trajectory, step) entries per backward pass, per process; or auto: what fits.")
     autocast: Literal["no", "bf16"] = setting("no", "Precision of the UNet's passes; weights and log-probs stay fp32.")
     reward_dtype: Literal["fp32", "bf16", "fp16"] = setting("fp32", "Precision of the reward models; scores stay fp32.")
     tf32: bool = setting(False, "TF32 in fp32 matrix products and convolutions.")
@@ -156,7 +171,7 @@ def check(config: Config, world_size: int) -> None:
     """ValueError naming the setting if the numbers cannot work together."""
     whole = ("epochs", "updates_per_epoch", "prompts_per_epoch", "num_steps", "eval_every", "save_every")
     of_methods = ("statistics_size", "statistics_min_count", "steps_per_update")
-    for name in (*whole, *of_methods, "sample_batch_size", "log_prob_batch_size", "train_batch_size"):
+    for name in (*whole, *of_methods):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
     ablation = config.method == "dpok" and config.kl_weight == 0

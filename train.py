@@ -19,6 +19,7 @@ from comparators import Comparator
 from comparators.epoch import Epoch, Update
 from config import DTYPES, PRESETS, Config, check
 from plumbing import processes
+from plumbing.batches import fit_batches
 from plumbing.describe import describe
 from plumbing.errors import one_line_errors
 from plumbing.flags import parse
@@ -128,6 +129,7 @@ def main(argv: list[str]) -> None:
             config, policy, text_width=pipe.unet.config.cross_attention_dim, text_of=pooled,
             mu_ref=reference_mean(policy, reference), all_sum_gradients=all_sum_gradients,
         )  # fmt: skip
+        config = fit_batches(config, pipe, policy, reference, list(trained.values()), reward, prompts[0])
         run = Run(config, pipe, policy, trained, optimizer, comparator.remembers if comparator else {}, eval_prompts, reward)
         say(describe(config, policy, prompts, count_truncated(pipe, prompts), trained))
     with one_line_errors(OSError, ValueError, RewardError, FloatingPointError):

@@ -34,6 +34,11 @@ PIPELINES = {
         vae=dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512),
         text=dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768),
     ),
+    "small": dict(  # what benchmarks.beside_trl times
+        unet=dict(sample_size=16, cross_attention_dim=32, block_out_channels=(64, 128, 256, 256), layers_per_block=1),
+        vae=dict(block_out_channels=(16, 16, 16, 16), layers_per_block=1, sample_size=128, norm_num_groups=4),
+        text=dict(hidden_size=32, intermediate_size=64, num_attention_heads=4, num_hidden_layers=2, projection_dim=32),
+    ),
     "tiny": dict(
         unet=dict(
             sample_size=8, cross_attention_dim=32, block_out_channels=(16, 16, 32, 32), layers_per_block=1, norm_num_groups=4

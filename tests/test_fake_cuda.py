@@ -19,7 +19,8 @@ TRAINING = (
 ).split()
 METHODS = {
     "prdp": "--epochs 2 --num_steps 3 --updates_per_epoch 2",
-    "adapters": "--epochs 2 --lora_rank 2 --latents_on_cpu --gradient_checkpointing",
+    "adapters": "--epochs 2 --lora_rank 2 --latents_on_cpu --gradient_checkpointing --train_batch_size auto "
+    "--sample_batch_size auto --log_prob_batch_size auto --reference_steps 1",
     "offline": "--epochs 2 --offline --reference_on_cpu",
     "ddpo": "--epochs 1 --method ddpo --updates_per_epoch 2",
     "dpok": "--epochs 1 --method dpok --kl_form exact",

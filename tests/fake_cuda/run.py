@@ -110,6 +110,8 @@ def install() -> None:
     torch.cuda._lazy_init = lambda: None
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False  # or autocast turns itself off
     torch.cuda.is_bf16_supported = lambda *_, **__: True
+    torch.cuda.empty_cache = torch.cuda.reset_peak_memory_stats = lambda: None  # no memory is taken, and all of it is free
+    torch.cuda.max_memory_reserved, torch.cuda.mem_get_info = lambda: 0, lambda: (1, 1)
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") begins as a real tensor on the CPU
     with FAKE:
         torch.empty(1, device="cuda")  # puts in a device guard that does nothing
