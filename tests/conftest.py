@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -100,13 +101,20 @@ class OnTwo:
 
 @pytest.fixture(scope="session")
 def on_two_processes(model_folder, two_models, tmp_path_factory) -> dict[str, OnTwo]:
-    """All cases that want two processes, in one start of torchrun (tests/two_processes.py)."""
+    """All cases that want two processes, in one start of torchrun (tests/two_processes.py), but for one on two machines."""
     workers_share = "PYTEST_XDIST_WORKER" in os.environ
     folder = tmp_path_factory.getbasetemp().parent / "two" if workers_share else tmp_path_factory.mktemp("two")
     with FileLock(f"{folder}.lock"):
-        if not (folder / "cases.1.json").exists():
+        if not (folder / "agents.1.json").exists():
             run_on_two_processes(folder, model_folder, two_models)
-    ranks = [json.loads((folder / f"cases.{rank}.json").read_text()) for rank in range(2)]
+    ranks = [
+        {
+            name: outcome
+            for start in ("cases", "agents")
+            for name, outcome in json.loads((folder / f"{start}.{rank}.json").read_text()).items()
+        }
+        for rank in range(2)
+    ]
     return {
         name: OnTwo(folder / name, [rank[name]["code"] for rank in ranks], [rank[name]["errors"] for rank in ranks])
         for name in ranks[0]
@@ -133,13 +141,32 @@ def run_on_two_processes(folder: Path, model_folder: Path, two_models: Path) -> 
     cases["exhausting"] = ("train", test_train.arguments(model_folder, folder / "exhausting", *exhausting))
     alone = ["--epochs", "2", "--eval_prompts", "", "--reward", "test_train:exhausting_between_collectives"]
     cases["alone"] = ("train", test_train.arguments(model_folder, folder / "alone", *alone))
-    file = folder / "cases.json"
-    file.write_text(json.dumps(cases))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "tests/two_processes.py"]
-    done = subprocess.run(
-        [*command, str(file)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    (folder / "cases.json").write_text(json.dumps(cases))
+    start([["--standalone", "--nproc_per_node=2"]], folder / "cases.json")
+    # As on two machines of one GPU each: an agent of torchrun on each, which meet at an address; here it is this machine's own.
+    two_agents = {"two agents": ("train", test_train.arguments(model_folder, folder / "two agents", "--epochs", "2"))}
+    (folder / "agents.json").write_text(json.dumps(two_agents))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        place = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={free.getsockname()[1]}"]
+    start([[*place, f"--node_rank={rank}"] for rank in range(2)], folder / "agents.json")
+
+
+def start(agents: list[list[str]], cases: Path) -> None:
+    """An agent of torchrun for each list of its flags, on the cases."""
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *flags, "tests/two_processes.py", str(cases)],
+            cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )
+        for flags in agents
+    ]  # fmt: skip
+    try:
+        said = [agent.communicate(timeout=300)[1] for agent in started]
+    finally:
+        for agent in started:
+            agent.kill()
+    assert [agent.returncode for agent in started] == [0] * len(started), said
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -105,6 +105,15 @@ def test_the_reference_is_asked_only_what_is_needed(pipe, name, needed):
     assert torch.equal(*asked) == needed  # a few are others in every epoch
 
 
+def test_the_reference_is_asked_on_random_steps_of_every_trajectory():
+    config = parse(["--updates_per_epoch", "1", "--reference_steps", "5"])
+    asked = [comparators.asked_of_reference(config, None, (16, 8, 50), epoch) for epoch in range(2)]
+    for entries in asked:
+        assert entries.shape == (16, 8, 50) and (entries.sum(2) == 5).all()
+        assert entries.any(0).any(0).all()  # whichever the step
+    assert not torch.equal(*asked)
+
+
 def test_kl_of_a_few_steps_is_unbiased_and_knows_its_error():
     log_ratio = torch.randn(4, 3, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + torch.arange(10) / 5
     whole = kl_samples(log_ratio)

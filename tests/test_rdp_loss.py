@@ -1,5 +1,6 @@
 """The theory of Sec. 3 on Gaussian chains in fp64, and the behaviour of the paper's own code (Appendix G)."""
 
+import itertools
 import math
 
 import numpy as np
@@ -17,6 +18,7 @@ from rdp_loss import (
     prediction_errors,
     prediction_quality,
     rdp_loss,
+    spread_over_steps,
     toy_chain,
 )
 
@@ -256,3 +258,27 @@ def test_demonstration_prints_what_it_promises(capsys):
     assert reached < 1e-3
     assert math.isclose(float(printed.split("+0.2: ")[1].split()[0]), 0.0)
     assert len(printed.splitlines()) < 20
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_reference_on_random_steps_has_the_full_gradient_on_average(n):
+    """Over every choice of n of three steps of each of three trajectories; the estimate is the same number at all steps."""
+    old, ref = (torch.randn(1, 3, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in (0, 1))
+    rewards = torch.tensor([[0.3, 0.1, 0.7]], dtype=torch.float64)
+
+    def gradient(log_probs_ref: torch.Tensor) -> torch.Tensor:
+        log_probs = old.clone().requires_grad_()
+        loss = prdp_loss(log_probs, old, log_probs_ref, rewards, kl_weight=0.5, clip_range=0.1, step_reduction="sum")
+        return torch.autograd.grad(loss, log_probs)[0]
+
+    chosen = [torch.zeros(3).index_fill(0, torch.tensor(steps), 1).bool() for steps in itertools.combinations(range(3), n)]
+    found = []
+    for masks in itertools.product(chosen, repeat=3):
+        known = ref.masked_fill(~torch.stack(masks), float("nan"))
+        log_ratios = old - spread_over_steps(known, old)
+        torch.testing.assert_close(log_ratios, (old - known).nanmean(-1, keepdim=True).expand(1, 3, 3))
+        found.append(gradient(old - log_ratios))
+    torch.testing.assert_close(torch.stack(found).mean(0), gradient(ref))
+    assert all((one - gradient(ref)).abs().max() > 1e-3 for one in found)
+    everything = spread_over_steps(ref, old)
+    torch.testing.assert_close(log_ratio(old, everything), log_ratio(old, ref))

@@ -84,8 +84,9 @@ def test_result_opens_with_plain_diffusers_and_is_what_was_trained(finished, mod
     assert any(not torch.equal(saved[name], before[name]) for name in saved)
 
 
-def test_two_processes_equal_one(finished, model_folder, on_two_processes):
-    two = on_two_processes["prdp"]
+@pytest.mark.parametrize("start", ["prdp", "two agents"])
+def test_two_processes_equal_one(start, finished, model_folder, on_two_processes):
+    two = on_two_processes[start]
     run = two.folder
     assert two.codes == [0, 0], two.errors
     start = load_file(model_folder / "unet" / "diffusion_pytorch_model.safetensors")
@@ -98,6 +99,26 @@ def test_two_processes_equal_one(finished, model_folder, on_two_processes):
             assert a["reward_mean"] == pytest.approx(b["reward_mean"], abs=1e-5)
             assert a["loss"] == pytest.approx(b["loss"], rel=2e-2)
             assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=2e-2)
+
+
+def test_reference_steps_cost_less_and_all_of_them_are_none_the_less(model_folder, tmp_path, monkeypatch):
+    asked = []
+
+    def counting(policy, trajectories, batch_size, entries=None):
+        asked.append(None if entries is None else entries.sum().item())
+        return log_prob_table(policy, trajectories, batch_size, entries)
+
+    log_prob_table = train.log_prob_table
+    monkeypatch.setattr(train, "log_prob_table", counting)
+    for steps in ("0", "1", "4"):
+        more = ["--epochs", "2", "--updates_per_epoch", "1", "--reference_steps", steps]
+        train.main(arguments(model_folder, tmp_path / steps, *more))
+    usual, one, all_steps = (metrics(tmp_path / steps)[2] for steps in ("0", "1", "4"))
+    assert asked == [48, 12, 48]  # in the second epochs; in the first theta is the reference
+    assert all_steps["loss"] == pytest.approx(usual["loss"], rel=1e-9)
+    assert all_steps["kl_nats"] == pytest.approx(usual["kl_nats"], rel=1e-6)
+    assert one["kl_nats"] != pytest.approx(usual["kl_nats"], rel=1e-3)
+    assert one["loss"] == pytest.approx(usual["loss"], rel=1e-2)
 
 
 def test_resumed_equals_uninterrupted_bit_for_bit(finished, model_folder, tmp_path):
@@ -318,6 +339,9 @@ def test_wrong_settings(capsys, tmp_path, model_folder, monkeypatch):
             "clip_range must be below 1 for d3po",
         ),
         (["--method", "ddpo", "--score_function"], "score_function is for updates_per_epoch=1, not 3"),
+        (["--reference_steps", "2"], "--updates_per_epoch 1 (the maximum of Eq. 18 makes"),
+        (["--updates_per_epoch", "1", "--method", "ddpo", "--reference_steps", "2"], "reference_steps is for --method prdp"),
+        (["--updates_per_epoch", "1", "--reference_steps", "99"], "reference_steps must be between 0 and num_steps="),
         (["--method", "ddpo", "--offline"], "offline: ddpo is for pictures that theta_old has drawn"),
         (["--method", "ddpo", "--updates_per_epoch", "13"], "updates_per_epoch=13: ddpo has only 12 disjoint parts of an epoch"),
         (["--method", "dpok", "--reference_on_cpu"], "reference_on_cpu: dpok asks the reference at every step"),
