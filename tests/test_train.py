@@ -118,7 +118,6 @@ def test_reference_steps_cost_less_and_all_of_them_are_none_the_less(model_folde
     assert all_steps["loss"] == pytest.approx(usual["loss"], rel=1e-9)
     assert all_steps["kl_nats"] == pytest.approx(usual["kl_nats"], rel=1e-6)
     assert one["kl_nats"] != pytest.approx(usual["kl_nats"], rel=1e-3)
-    assert one["loss"] == pytest.approx(usual["loss"], rel=1e-2)
 
 
 def test_resumed_equals_uninterrupted_bit_for_bit(finished, model_folder, tmp_path):
