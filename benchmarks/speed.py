@@ -3,12 +3,13 @@
     python -m benchmarks.speed --preset toy                                               # the embedded model, T = 5 and T = 50
     python -m benchmarks.speed --num_steps 50 --preset large-hpsv2 --model FOLDER ...  # any flags of train.py, or rehearsal's
 
-Runs train.py for three epochs per T with one update each, in a process of its own, and takes the last two epochs (the first has
+Runs train.py for three epochs per T with one update each, in processes of their own, and takes the last two epochs (the first has
 no reference pass and warms up). Prints a table and, with --output, writes it as JSON with command, versions and machine.
 
 Utilisation is the floating point operations that the phase needs, over its seconds, over what the same device reaches in one
-large matrix product of the same precision. The UNet's operations are counted by torch in one forward pass; a backward pass is
-two of them (one if only adapters are trained), and what gradient checkpointing computes again does not count.
+large matrix product of the same precision (of as many devices as processes, if these are GPUs). The UNet's operations are counted by
+torch in one forward pass; a backward pass is two of them (one if only adapters are trained), and what gradient checkpointing computes
+again does not count.
 """
 
 import argparse
@@ -62,20 +63,25 @@ def ceiling(config: Config) -> float:
     return 2 * side**3 / best
 
 
-def measure(num_steps: int, flags: list[str], config: Config, flops: int, most: float) -> dict:
+def measure(processes: int, num_steps: int, flags: list[str], config: Config, flops: int, most: float) -> dict:
     """One row of the table; ValueError with train.py's own message if it refuses the flags."""
     with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder) / "run"
-        command = [sys.executable, str(Path(__file__).parent.parent / "train.py"), "--eval_prompts", "", *flags]
+        run, start = Path(folder) / "run", [sys.executable]
+        if processes > 1:
+            start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command = [*start, str(Path(__file__).parent.parent / "train.py"), "--eval_prompts", "", *flags]
         command += ["--num_steps", str(num_steps), "--epochs", str(EPOCHS), "--updates_per_epoch", "1", "--output_dir", str(run)]
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if done.returncode:
             raise ValueError(done.stderr.strip().splitlines()[-1])
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-(EPOCHS - 1) :]
     phases = {phase: sum(line["seconds"][phase] for line in lines) / len(lines) for phase in lines[0]["seconds"]}
+    if torch.cuda.is_available():
+        most *= processes
     trajectories = config.prompts_per_epoch * config.images_per_prompt
     passes = {"sample": num_steps, "reference": num_steps, "update": num_steps * (2 if config.lora_rank else 3)}
     return {
+        "processes": processes,
         "num_steps": num_steps,
         "seconds": phases,
         "seconds_per_epoch": sum(phases.values()),
@@ -88,6 +94,7 @@ def measure(num_steps: int, flags: list[str], config: Config, flops: int, most: 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num_steps", type=int, nargs="+", default=[5, 50], help="values of T")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1], help="numbers of them, by torchrun where above 1")
     parser.add_argument("--output", default="", help="JSON file")
     arguments, flags = parser.parse_known_args(argv)
     with one_line_errors(ValueError, OSError):
@@ -96,21 +103,26 @@ def main(argv: list[str]) -> None:
         with ProcessPoolExecutor(1, get_context("spawn")) as child:
             most = child.submit(ceiling, config).result()
         speed = {"flops_per_entry": flops_per_entry(config), "flops_per_second_of_a_matrix_product": most}
-        rows = [measure(num_steps, flags, config, *speed.values()) for num_steps in arguments.num_steps]
+        rows = [
+            measure(processes, num_steps, flags, config, *speed.values())
+            for processes in arguments.processes for num_steps in arguments.num_steps
+        ]  # fmt: skip
         if arguments.output:
             result = provenance("-m benchmarks.speed", argv) | speed | {"results": rows}
             Path(arguments.output).write_text(json.dumps(result, indent=1) + "\n")
     phases = list(rows[0]["seconds"])
     print(f"{speed['flops_per_entry'] / 1e9:.3g} GFLOP per trajectory and step; a matrix product reaches "
           f"{speed['flops_per_second_of_a_matrix_product'] / 1e12:.3g} TFLOP/s")  # fmt: skip
-    print(f"| T | {' | '.join(f'{phase} s' for phase in phases)} | epoch s | images/s | peak GiB | utilisation |")
-    print("|---" * (5 + len(phases)) + "|")
+    print(f"| processes | T | {' | '.join(f'{phase} s' for phase in phases)} | epoch s | images/s | peak GiB | utilisation |")
+    print("|---" * (6 + len(phases)) + "|")
     for row in rows:
         seconds = " | ".join(f"{row['seconds'][phase]:.2f}" for phase in phases)
-        print(f"| {row['num_steps']} | {seconds} | {row['seconds_per_epoch']:.2f} | {row['images_per_second']:.1f} "
-              f"| {row['peak_memory_gib']:.3f} "
+        print(f"| {row['processes']} | {row['num_steps']} | {seconds} | {row['seconds_per_epoch']:.2f} "
+              f"| {row['images_per_second']:.1f} | {row['peak_memory_gib']:.3f} "
               f"| {', '.join(f'{phase} {100 * share:.0f} %' for phase, share in row['utilisation'].items())} |")  # fmt: skip
-    least, most = (pick(row["peak_memory_gib"] for row in rows) for pick in (min, max))
+    least, most = (
+        pick(row["peak_memory_gib"] for row in rows if row["processes"] == rows[0]["processes"]) for pick in (min, max)
+    )
     print(f"peak memory differs by {100 * (most / least - 1):.1f} %")
 
 

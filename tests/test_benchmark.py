@@ -30,12 +30,29 @@ def test_table_and_json(capsys, model_folder, tmp_path, monkeypatch):
     assert "GFLOP per trajectory and step" in first
     rows = json.loads(output.read_text())["results"]
     assert [row["num_steps"] for row in rows] == [2, 4]
-    assert printed[0].startswith("| T | sample s |") and printed[2].startswith("| 2 |") and printed[3].startswith("| 4 |")
+    assert printed[0].startswith("| processes | T | sample s |")
+    assert printed[2].startswith("| 1 | 2 |") and printed[3].startswith("| 1 | 4 |")
     for row in rows:
         assert row["seconds_per_epoch"] == pytest.approx(sum(row["seconds"].values()))
         assert row["seconds"]["update"] > 0 and all(0 < share < 1.5 for share in row["utilisation"].values())
         assert row["peak_memory_gib"] > 0 and row["seconds"]["reference"] > 0
     assert "peak memory differs by" in printed[-1]
+
+
+def test_several_processes_are_started_by_torchrun(monkeypatch):
+    started = []
+
+    def nothing(command, **_):
+        started.append(command)
+        return subprocess.CompletedProcess(command, 2, stderr="train.py: error: enough")
+
+    monkeypatch.setattr(speed.subprocess, "run", nothing)
+    for processes in (1, 2):
+        with pytest.raises(ValueError, match="enough"):
+            speed.measure(processes, 5, ["--preset", "toy"], parse(["--preset", "toy"]), 1, 1.0)
+    one, two = started
+    assert one[1].endswith("train.py") and two[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    assert one[2:-1] == two[6:-1]  # all but the folder
 
 
 def test_wrong_flags_are_refused_with_the_trainers_own_line(capsys):
