@@ -7,9 +7,9 @@ Runs train.py for three epochs per T with one update each, in processes of their
 no reference pass and warms up). Prints a table and, with --output, writes it as JSON with command, versions and machine.
 
 Utilisation is the floating point operations that the phase needs, over its seconds, over what the same device reaches in one
-large matrix product of the same precision (of as many devices as processes, if these are GPUs). The UNet's operations are counted by
-torch in one forward pass; a backward pass is two of them (one if only adapters are trained), and what gradient checkpointing computes
-again does not count.
+large matrix product of the same precision (of as many devices as processes, if these are GPUs). The UNet's operations are counted
+by torch in one forward pass; a backward pass is two of them (one if only adapters are trained), and what gradient checkpointing
+computes again does not count.
 """
 
 import argparse
@@ -85,7 +85,8 @@ def measure(processes: int, num_steps: int, flags: list[str], config: Config, fl
         "num_steps": num_steps,
         "seconds": phases,
         "seconds_per_epoch": sum(phases.values()),
-        "utilisation": {phase: trajectories * n * flops / phases[phase] / most for phase, n in passes.items()},
+        "utilisation": {phase: trajectories * n * flops / phases[phase] / most for phase, n in passes.items()}
+        | {"epoch": trajectories * sum(passes.values()) * flops / sum(phases.values()) / most},
         "images_per_second": sum(line["images_per_second"] for line in lines) / len(lines),
         "peak_memory_gib": max(line["peak_memory_gib"] for line in lines),
     }

@@ -1,0 +1,180 @@
+"""One command for a day with a GPU: what only a GPU can show, each part in less than eight minutes and kept as a JSON file.
+
+    python -m benchmarks.gpu --output results/gpu                                  # where it was interrupted it goes on
+    python -m benchmarks.gpu --output runs/gpu-rehearsed --shape tiny              # everything tiny, on a CPU as well
+
+Stable Diffusion v1.4's shape and a full-sized HPSv2 of random weights (benchmarks.rehearsal, about 17 GB in --folder), at the
+paper's large-scale settings but for 4 prompts an epoch instead of 64, and 10 steps instead of 50 in fp32 and in the recipes:
+
+    tests           those marked gpu, each with its outcome
+    rounding        how far log-ratios at unchanged weights are from 0, by precision
+    speed ...       seconds by phase, pictures a second, utilisation, peak memory (benchmarks.speed), by precision and option
+    recipe ...      two epochs of docs/stable-diffusion.md's recipes in a memory of that size, and what was derived
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from xml.etree import ElementTree
+
+import torch
+
+from benchmarks import memory, rehearsal
+from plumbing.describe import rounding
+from plumbing.errors import one_line_errors
+from plumbing.flags import parse
+from plumbing.pipeline import encode_prompts, load_pipeline, pipeline_policy
+from plumbing.provenance import provenance
+from sampler import sample_trajectories
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMIT = 480  # seconds of a part
+GOAL = 0.45  # of the measured rate of bf16 over an epoch
+SPEED = {
+    "fp32": "--autocast no --num_steps 10",
+    "tf32": "--autocast no --tf32 True --num_steps 10",
+    "bf16": "",
+    "bf16, channels_last": "--channels_last True",
+    "bf16, compile": "--compile True",
+    "bf16, compile, channels_last": "--compile True --channels_last True",
+    "bf16, batches of 32": "--sample_batch_size 32 --log_prob_batch_size 32 --train_batch_size 16",
+    "bf16, auto": "--sample_batch_size auto --log_prob_batch_size auto --train_batch_size auto",
+    "bf16, adapters": "--lora_rank 16",
+    "bf16, reference on a tenth": "--reference_steps 5",
+}
+CAPS = {"every weight, 24 GB": 24e9, "adapters, 12 GB": 12e9}  # bytes
+
+
+def call(command: list[str]) -> dict:
+    """Runs it in the project's root -> seconds, and where it did not end well the last line it said."""
+    began = time.monotonic()
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)
+        failure = None if done.returncode == 0 else (done.stderr.strip() or done.stdout.strip()).splitlines()[-1]
+    except subprocess.TimeoutExpired:
+        failure = f"not finished after {LIMIT} seconds"
+    return {"seconds": round(time.monotonic() - began), "failure": failure}
+
+
+def run_tests(options) -> dict:
+    report = options.folder / "tests.xml"
+    outcome = call([sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--junitxml", str(report), "tests"])
+    tests = {}
+    for case in ElementTree.parse(report).iter("testcase") if report.exists() else ():
+        found = [child.get("message", "") for child in case if child.tag in ("failure", "error", "skipped")]
+        tests[case.get("name")] = found[0].splitlines()[0] if found else "passed"
+    return outcome | {"tests": tests}
+
+
+def measure_rounding(options) -> dict:
+    """Of four trajectories drawn in each precision."""
+    began, device, largest = time.monotonic(), torch.device("cuda" if torch.cuda.is_available() else "cpu"), {}
+    for name, autocast, tf32 in (("fp32", "no", False), ("tf32", "no", True), ("bf16", "bf16", False)):
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+        pipe = load_pipeline(str(options.folder / "rehearsal" / "pipeline"), device)
+        policy = pipeline_policy(pipe, options.steps, guidance_scale=5.0, eta=1.0, autocast=autocast)
+        drawn = sample_trajectories(policy, encode_prompts(pipe, ["a photo of a cat"] * 4), [(0, 0, 0, b) for b in range(4)], 4)
+        largest[name] = rounding(policy, drawn, 4).max().item()
+        del pipe, policy, drawn
+    return {"seconds": round(time.monotonic() - began), "failure": None, "largest": largest}
+
+
+def measure_speed(name: str, options) -> dict:
+    flags, steps = SPEED[name].split(), str(options.steps)
+    if "--num_steps" in flags:
+        at = flags.index("--num_steps")
+        steps = str(min(int(flags[at + 1]), options.steps))
+        del flags[at : at + 2]
+    file = options.folder / "speed.json"
+    file.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "benchmarks.speed", "--num_steps", steps, "--output", str(file)]
+    outcome = call([*command, *options.flags, *flags])
+    return outcome | (json.loads(file.read_text()) if file.exists() else {})
+
+
+def run_recipe(name: str, options) -> dict:
+    """Two epochs, so that the reference is asked and the optimiser has its moments, in no more memory than the recipe's."""
+    run, recipe = options.folder / f"run of {name}", memory.RECIPES[name].split()[2:]  # all of them begin with the preset
+    subprocess.run(["rm", "-rf", str(run)], check=True)
+    flags = [*options.flags, *recipe, "--eval_prompts=", "--epochs", "2", "--num_steps", str(min(10, options.steps))]
+    flags += ["--output_dir", str(run)]
+    capped = (
+        "import runpy, sys, torch\n"
+        "if torch.cuda.is_available():\n"
+        f"    torch.cuda.set_per_process_memory_fraction(min(1, {CAPS[name]} / torch.cuda.mem_get_info()[1]))\n"
+        f"sys.argv = ['train.py', *{flags!r}]\n"
+        "runpy.run_path('train.py', run_name='__main__')"
+    )
+    outcome = call([sys.executable, "-c", capped])
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()[1:]] if run.exists() else []
+    peak = max((line["peak_memory_gib"] for line in lines), default=None)
+    derived = memory.derive(parse(flags), options.shape)
+    most = max(derived[phase] for phase in ("sample", "reward", "reference", "update"))
+    return outcome | {"cap_bytes": CAPS[name], "derived_gib": most, "measured_gib": peak}
+
+
+def parts(options) -> dict:
+    return {
+        "tests": lambda: run_tests(options),
+        "rounding": lambda: measure_rounding(options),
+        **{f"speed {name}": lambda name=name: measure_speed(name, options) for name in SPEED},
+        **{f"recipe {name}": lambda name=name: run_recipe(name, options) for name in CAPS},
+    }
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder of the JSON files; what is there is not done again")
+    parser.add_argument("--folder", type=Path, default=Path("runs/gpu"), help="of models and runs")
+    parser.add_argument("--shape", choices=("full", "tiny"), default="full")
+    options = parser.parse_args(argv)
+    options.folder, options.steps = options.folder.absolute(), 50 if options.shape == "full" else 3
+    with one_line_errors(ValueError, OSError):
+        if options.shape == "full" and not torch.cuda.is_available():
+            raise ValueError("there is no GPU: --shape tiny shows the command on a CPU")
+        for folder in (options.output, options.folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        made = options.folder / "rehearsal.json"
+        if not made.exists():
+            subprocess.run(["rm", "-rf", str(options.folder / "rehearsal")], check=True)
+            made.write_text(json.dumps(rehearsal.make(options.folder / "rehearsal", options.shape, options.shape)))
+        settings = "--preset large-hpsv2 --prompts_per_epoch 4"
+        if options.shape == "tiny":  # a preset that does not ask for a GPU
+            settings = (
+                "--preset toy --reward hpsv2 --guidance_scale 5 --autocast bf16 --prompts_per_epoch 2 --images_per_prompt 2"
+            )
+        options.flags = [*settings.split(), *json.loads(made.read_text())]
+        for name, run in parts(options).items():
+            file = options.output / f"{name.replace(', ', '-').replace(' ', '-')}.json"
+            if not file.exists():
+                result = provenance("-m benchmarks.gpu", argv) | {"part": name} | run()
+                file.write_text(json.dumps(result, indent=1) + "\n")
+            result = json.loads(file.read_text())
+            print(f"{name}: {summary(result)}", flush=True)
+
+
+def summary(result: dict) -> str:
+    """A part's outcome in a line."""
+    if result["failure"]:
+        return f"FAILED: {result['failure']}"
+    if "tests" in result:
+        outcomes = list(result["tests"].values())
+        return f"{outcomes.count('passed')} passed, the others: {[said for said in outcomes if said != 'passed']}"
+    if "largest" in result:
+        return ", ".join(f"{name} {value:.2g}" for name, value in result["largest"].items())
+    if "derived_gib" in result:
+        return f"{result['measured_gib']:.1f} GiB measured, {result['derived_gib']:.1f} derived"
+    (row,) = result["results"]
+    return (
+        f"{row['seconds_per_epoch']:.1f} s an epoch, {row['images_per_second']:.2f} images/s, {row['peak_memory_gib']:.1f} GiB, "
+        f"{100 * row['utilisation']['epoch']:.0f} % of the measured rate (goal: {100 * GOAL:.0f} % in bf16)"
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
