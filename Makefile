@@ -50,5 +50,6 @@ results: .venv/installed
 	$(BIN)/python -m benchmarks.card --output results/miniature.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.card --num_steps 5 --output results/miniature-one-thread.json
 	ATEN_CPU_CAPABILITY=default $(BIN)/python -m benchmarks.card --num_steps 5 --output results/miniature-no-avx.json
-	$(BIN)/python -m benchmarks.speed --preset toy --processes 1 2 --output results/benchmark.json
+	$(BIN)/python -m benchmarks.speed --preset toy --processes 1 2 --also "--log_prob_batch_size 128 --train_batch_size 128" \
+		"--channels_last True" "--compile True" --output results/benchmark.json
 	$(BIN)/python -m benchmarks.memory --output results/memory.json

@@ -3,8 +3,9 @@
     python -m benchmarks.speed --preset toy                                               # the embedded model, T = 5 and T = 50
     python -m benchmarks.speed --num_steps 50 --preset large-hpsv2 --model FOLDER ...  # any flags of train.py, or rehearsal's
 
-Runs train.py for three epochs per T with one update each, in processes of their own, and takes the last two epochs (the first has
-no reference pass and warms up). Prints a table and, with --output, writes it as JSON with command, versions and machine.
+Runs train.py for four epochs with one update each, in processes of their own, and takes the last two (the first has no reference
+pass, and with --compile the second compiles it). Prints a table and, with --output, writes it as JSON with command, versions and
+machine.
 
 Utilisation is the floating point operations that the phase needs, over its seconds, over what the same device reaches in one
 large matrix product of the same precision (of as many devices as processes, if these are GPUs). The UNet's operations are counted
@@ -33,7 +34,7 @@ from plumbing.flags import parse
 from plumbing.pipeline import encode_prompts, load_pipeline, pipeline_policy
 from plumbing.provenance import provenance
 
-EPOCHS = 3
+EPOCHS, WARM = 4, 2
 
 
 @torch.no_grad()
@@ -74,7 +75,7 @@ def measure(processes: int, num_steps: int, flags: list[str], config: Config, fl
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if done.returncode:
             raise ValueError(done.stderr.strip().splitlines()[-1])
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-(EPOCHS - 1) :]
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-(EPOCHS - WARM) :]
     phases = {phase: sum(line["seconds"][phase] for line in lines) / len(lines) for phase in lines[0]["seconds"]}
     if torch.cuda.is_available():
         most *= processes
@@ -96,6 +97,9 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num_steps", type=int, nargs="+", default=[5, 50], help="values of T")
     parser.add_argument("--processes", type=int, nargs="+", default=[1], help="numbers of them, by torchrun where above 1")
+    parser.add_argument(
+        "--also", nargs="+", default=[], metavar="FLAGS", help="further rows, of the first T, with these flags too"
+    )
     parser.add_argument("--output", default="", help="JSON file")
     arguments, flags = parser.parse_known_args(argv)
     with one_line_errors(ValueError, OSError):
@@ -104,25 +108,28 @@ def main(argv: list[str]) -> None:
         with ProcessPoolExecutor(1, get_context("spawn")) as child:
             most = child.submit(ceiling, config).result()
         speed = {"flops_per_entry": flops_per_entry(config), "flops_per_second_of_a_matrix_product": most}
+        cases = [(processes, num_steps, "") for processes in arguments.processes for num_steps in arguments.num_steps]
+        cases += [(arguments.processes[0], arguments.num_steps[0], also) for also in arguments.also]
         rows = [
-            measure(processes, num_steps, flags, config, *speed.values())
-            for processes in arguments.processes for num_steps in arguments.num_steps
-        ]  # fmt: skip
+            {"flags": also} | measure(processes, num_steps, [*flags, *also.split()], config, *speed.values())
+            for processes, num_steps, also in cases
+        ]
         if arguments.output:
             result = provenance("-m benchmarks.speed", argv) | speed | {"results": rows}
             Path(arguments.output).write_text(json.dumps(result, indent=1) + "\n")
     phases = list(rows[0]["seconds"])
     print(f"{speed['flops_per_entry'] / 1e9:.3g} GFLOP per trajectory and step; a matrix product reaches "
           f"{speed['flops_per_second_of_a_matrix_product'] / 1e12:.3g} TFLOP/s")  # fmt: skip
-    print(f"| processes | T | {' | '.join(f'{phase} s' for phase in phases)} | epoch s | images/s | peak GiB | utilisation |")
-    print("|---" * (6 + len(phases)) + "|")
+    print(f"| | processes | T | {' | '.join(f'{phase} s' for phase in phases)} | epoch s | images/s | peak GiB | utilisation |")
+    print("|---" * (7 + len(phases)) + "|")
     for row in rows:
         seconds = " | ".join(f"{row['seconds'][phase]:.2f}" for phase in phases)
-        print(f"| {row['processes']} | {row['num_steps']} | {seconds} | {row['seconds_per_epoch']:.2f} "
+        print(f"| {row['flags']} | {row['processes']} | {row['num_steps']} | {seconds} | {row['seconds_per_epoch']:.2f} "
               f"| {row['images_per_second']:.1f} | {row['peak_memory_gib']:.3f} "
               f"| {', '.join(f'{phase} {100 * share:.0f} %' for phase, share in row['utilisation'].items())} |")  # fmt: skip
     least, most = (
-        pick(row["peak_memory_gib"] for row in rows if row["processes"] == rows[0]["processes"]) for pick in (min, max)
+        pick(row["peak_memory_gib"] for row in rows if (row["flags"], row["processes"]) == ("", rows[0]["processes"]))
+        for pick in (min, max)
     )
     print(f"peak memory differs by {100 * (most / least - 1):.1f} %")
 

@@ -25,13 +25,14 @@ def test_table_and_json(capsys, model_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(speed.subprocess, "run", here)
     output = tmp_path / "benchmark.json"
     flags = [*"--preset toy --prompts toy-small --prompts_per_epoch 2 --images_per_prompt 2 --model".split(), str(model_folder)]
-    speed.main(["--num_steps", "2", "4", "--output", str(output), *flags])
+    speed.main(["--num_steps", "2", "4", "--also", "--channels_last True", "--output", str(output), *flags])
     first, *printed = capsys.readouterr().out.splitlines()
     assert "GFLOP per trajectory and step" in first
     rows = json.loads(output.read_text())["results"]
-    assert [row["num_steps"] for row in rows] == [2, 4]
-    assert printed[0].startswith("| processes | T | sample s |")
-    assert printed[2].startswith("| 1 | 2 |") and printed[3].startswith("| 1 | 4 |")
+    assert [(row["num_steps"], row["flags"]) for row in rows] == [(2, ""), (4, ""), (2, "--channels_last True")]
+    assert printed[0].startswith("| | processes | T | sample s |")
+    assert printed[2].startswith("|  | 1 | 2 |") and printed[3].startswith("|  | 1 | 4 |")
+    assert printed[4].startswith("| --channels_last True | 1 | 2 |")
     for row in rows:
         assert row["seconds_per_epoch"] == pytest.approx(sum(row["seconds"].values()))
         assert row["seconds"]["update"] > 0 and all(0 < share < 1.5 for share in row["utilisation"].values())
