@@ -7,7 +7,7 @@
 Every run is one of train.py and every score one of evaluate.py, on the embedded model, with the settings below. For every method
 and scale (but prediction's) the learning rate is chosen first, by the reward at the end of a run with another seed. After an
 interruption the same command goes on where it was. Results: results/reproduce/TARGET.json and .png, learning-rates.json, and
-time.json, of every invocation that came to its end.
+time.json, of every invocation, whether it came to its end or not.
 """
 
 import argparse
@@ -19,6 +19,8 @@ import shutil
 import statistics
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from plumbing import checkpoint, plots
@@ -242,7 +244,6 @@ def draw_pictures(target: Target, path: Path, options) -> None:
 
 
 def reproduce(names: list[str], options) -> None:
-    began = time.monotonic()
     (options.folder / "logs").mkdir(parents=True, exist_ok=True)
     targets = {name: TARGETS[name] for name in names}
     variants = list(dict.fromkeys(name for target in targets.values() for name in target.variants))
@@ -274,12 +275,22 @@ def reproduce(names: list[str], options) -> None:
         if target.pictures:
             draw_pictures(target, options.results / f"{name}-pictures.png", options)
         say(f"{target.title}: {path} and {path.with_suffix('.png')}")
-    seconds = time.monotonic() - began
-    file = options.results / "time.json"
-    earlier = json.loads(file.read_text()) if file.exists() else []
-    this = provenance("reproduce.py", options.argv) | {"seconds": round(seconds)}
-    file.write_text(json.dumps([*earlier, this], indent=1) + "\n")
-    say(f"all in {seconds / 60:.0f} minutes")
+
+
+@contextmanager
+def timed(options) -> Iterator[None]:
+    """Around the work: its seconds go into time.json."""
+    began, finished = time.monotonic(), False
+    try:
+        yield
+        finished = True
+    finally:
+        seconds, file = round(time.monotonic() - began), options.results / "time.json"
+        earlier = json.loads(file.read_text()) if file.exists() else []
+        this = provenance("reproduce.py", options.argv) | {"seconds": seconds, "finished": finished}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps([*earlier, this], indent=1) + "\n")
+        say(f"{seconds / 60:.0f} minutes")
 
 
 def main(argv: list[str]) -> None:
@@ -297,7 +308,8 @@ def main(argv: list[str]) -> None:
         parser.error("--jobs must be at least 1, --lengthen above 0 and --seeds at least 0")
     with one_line_errors(ValueError, OSError):
         try:
-            reproduce(list(TARGETS) if "all" in options.targets else options.targets, options)
+            with timed(options):
+                reproduce(list(TARGETS) if "all" in options.targets else options.targets, options)
         except KeyboardInterrupt:
             say("stopped; the same command goes on where it was")
             sys.exit(130)
