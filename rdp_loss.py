@@ -34,7 +34,8 @@ def spread_over_steps(log_probs_ref: Tensor, log_probs_old: Tensor) -> Tensor:
     """log_probs_ref (N, B, S) with what is not known (NaN) estimated: each trajectory's mean of log pi_old/pi_ref at all steps.
 
     NOT IN PAPER (--reference_steps). Drawn at random, the known steps leave rhat of Eq. 10 unbiased, and with K = 1 the gradient
-    too: it is linear in rhat. The maximum of Eq. 18 over later updates is not.
+    too: it is linear in rhat. The loss itself, a square, is larger by the estimate's variance, and by the maximum of Eq. 18 later
+    updates would have a biased gradient.
     """
     return log_probs_old - (log_probs_old - log_probs_ref).nanmean(-1, keepdim=True)
 

@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from config import Config
 from plumbing import checkpoint, plots
 from plumbing.errors import one_line_errors
 from plumbing.figures import TARGETS, Target
@@ -101,6 +102,11 @@ VARIANTS: dict[str, tuple[str, str, str]] = {  # name: method, scale and what is
     "every weight": ("prdp", "prediction", "--lora_rank 0 --learning_rate 5e-5"),
     # In reward per nat the toy preset's beta is 0.03 / (768 * 4), about 1e-5, and the paper's 3e-5 / (16384 * 50), 4e-11.
     "beta 1e-3, every weight": ("prdp", "prediction", "--kl_weight 1e-3 --lora_rank 0 --learning_rate 2e-4"),
+    "beta 1e-3, reference on one step": (
+        "prdp",
+        "prediction",
+        "--kl_weight 1e-3 --lora_rank 0 --learning_rate 2e-4 --reference_steps 1",
+    ),
     "beta 1e-5, every weight": ("prdp", "prediction", "--kl_weight 1e-5 --lora_rank 0 --learning_rate 2e-4"),
     "colourfulness": ("prdp", "prediction", "--reward toy-colourfulness"),
     "DDPO colour": ("ddpo", "small", "--reward toy-colourfulness"),
@@ -129,7 +135,8 @@ def training(name: str, method: str, scale: str, flags: str, rate: str, seed: in
     if run.exists() and not checkpoint.all_checkpoints(run):
         shutil.rmtree(run)  # it had not come far
     if run.exists():
-        known = json.loads((run / "config.json").read_text()) | {"resume": ""}
+        begun_with = json.loads((run / "config.json").read_text()) | {"resume": ""}
+        known = dataclasses.asdict(Config()) | begun_with  # what it did not know yet was as it is by default
         if known != dataclasses.asdict(wanted):
             raise ValueError(f"{run} holds a run with other settings: choose another --folder, or remove it")
         if (run / "pipeline" / "model_index.json").exists():
@@ -221,7 +228,10 @@ def numbers(target: Target, seeds: list[int], chosen: dict, options) -> dict:
         runs[name] = {}
         for seed in seeds:
             lines = read_metrics(run_folder(name, seed, options))[1:]
-            run = {key: [round(line[key], 5) for line in lines] for key in ("reward_mean", "kl_nats", "clip_fraction")}
+            run = {
+                key: [round(line[key], 5) for line in lines]
+                for key in ("reward_mean", "kl_nats", "kl_nats_error", "clip_fraction")
+            }
             run["seconds"] = sum(sum(line["seconds"].values()) for line in lines)
             runs[name][seed] = run
     for scale in dict.fromkeys(VARIANTS[name][1] for name in target.variants):

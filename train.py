@@ -77,7 +77,7 @@ def train(config: Config, run: Run, pipe, policy: Policy, reference: Reference, 
         updates = [Update(some, eq_18) for some in entries]
         if comparator is not None:  # another method: another loss, on entries of its own choice
             updates = comparator.updates(Epoch(drawn, rewards, log_probs_old, log_probs_ref, entries, mine, share, epoch))
-        with run.updating():
+        with run.updating(mine):
             for k, update in enumerate(updates):                                                                           # 6
                 log_probs = log_probs_old.clone()
                 if k > 0:  # theta has moved
@@ -129,7 +129,7 @@ def main(argv: list[str]) -> None:
             config, policy, text_width=pipe.unet.config.cross_attention_dim, text_of=pooled,
             mu_ref=reference_mean(policy, reference), all_sum_gradients=all_sum_gradients,
         )  # fmt: skip
-        config = fit_batches(config, pipe, policy, reference, list(trained.values()), reward, prompts[0])
+        config = fit_batches(config, pipe, policy, reference, list(trained.values()))
         run = Run(config, pipe, policy, trained, optimizer, comparator.remembers if comparator else {}, eval_prompts, reward)
         say(describe(config, policy, prompts, count_truncated(pipe, prompts), trained))
     with one_line_errors(OSError, ValueError, RewardError, FloatingPointError):

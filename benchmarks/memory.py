@@ -32,7 +32,7 @@ from transformers import CLIPModel, CLIPTextModel
 
 from benchmarks import rehearsal
 from benchmarks.speed import flops_of
-from config import Config
+from config import AUTO, Config
 from plumbing.errors import one_line_errors
 from plumbing.flags import parse
 from plumbing.pipeline import Embeddings, ddim_scheduler, decode_latents, unet_policy
@@ -106,7 +106,12 @@ def passes(config: Config) -> int:
 
 
 def derive(config: Config, shape: str = "full") -> dict[str, float]:
-    """Peak GiB of every phase of an epoch on one GPU, what of it is resident throughout, and an epoch's operations."""
+    """Peak GiB of every phase of an epoch on one GPU, what of it is resident throughout, and an epoch's operations.
+
+    ValueError for a batch size that is auto.
+    """
+    if AUTO in (config.sample_batch_size, config.log_prob_batch_size, config.train_batch_size):
+        raise ValueError("a batch size of auto is found on a GPU: give numbers here")
     sizes, scheduler = rehearsal.PIPELINES[shape], ddim_scheduler(DDIMScheduler().config, config.num_steps)
     with torch.device("meta"):
         text = CLIPTextModel(rehearsal.CLIPTextConfig(vocab_size=49408, **sizes["text"]))

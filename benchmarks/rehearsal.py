@@ -35,7 +35,7 @@ PIPELINES = {
         text=dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768),
     ),
     "small": dict(  # what benchmarks.beside_trl times
-        unet=dict(sample_size=16, cross_attention_dim=32, block_out_channels=(64, 128, 256, 256), layers_per_block=1),
+        unet=dict(sample_size=16, cross_attention_dim=32, block_out_channels=(32, 64, 128, 128), layers_per_block=1),
         vae=dict(block_out_channels=(16, 16, 16, 16), layers_per_block=1, sample_size=128, norm_num_groups=4),
         text=dict(hidden_size=32, intermediate_size=64, num_attention_heads=4, num_hidden_layers=2, projection_dim=32),
     ),

@@ -8,9 +8,9 @@ pass, and with --compile the second compiles it). Prints a table and, with --out
 machine.
 
 Utilisation is the floating point operations that the phase needs, over its seconds, over what the same device reaches in one
-large matrix product of the same precision (of as many devices as processes, if these are GPUs). The UNet's operations are counted
-by torch in one forward pass; a backward pass is two of them (one if only adapters are trained), and what gradient checkpointing
-computes again does not count.
+large matrix product of the precision that the flags name (of as many devices as processes, if these are GPUs). The UNet's
+operations are counted by torch in one forward pass; a backward pass is two of them (one if only adapters are trained), and what
+gradient checkpointing computes again does not count.
 """
 
 import argparse
@@ -29,9 +29,9 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import DTYPES, Config
-from plumbing.errors import one_line_errors
+from plumbing.errors import last_words, one_line_errors
 from plumbing.flags import parse
-from plumbing.pipeline import encode_prompts, load_pipeline, pipeline_policy
+from plumbing.pipeline import ddim_schedule, ddim_scheduler, encode_prompts, load_pipeline, pipeline_policy
 from plumbing.provenance import provenance
 
 EPOCHS, WARM = 4, 2
@@ -45,9 +45,8 @@ def flops_of(run: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def flops_per_entry(config: Config) -> int:
+def flops_per_entry(config: Config, pipe) -> int:
     """Floating point operations of the UNet for one (trajectory, step), guidance included."""
-    pipe = load_pipeline(config.model, torch.device("cpu"))
     policy = pipeline_policy(pipe, config.num_steps, guidance_scale=config.guidance_scale, eta=config.eta)
     cond = encode_prompts(pipe, ["a prompt"])
     return flops_of(lambda: policy.denoise(torch.randn(1, *policy.latent_shape), torch.ones(1, dtype=torch.long), cond))
@@ -64,8 +63,16 @@ def ceiling(config: Config) -> float:
     return 2 * side**3 / best
 
 
-def measure(processes: int, num_steps: int, flags: list[str], config: Config, flops: int, most: float) -> dict:
+def entries(config: Config, scheduler) -> dict[str, float]:
+    """Passes of the UNet in every phase of an epoch of one update, for one trajectory; backward counts two, of adapters one."""
+    T, S = config.num_steps, len(ddim_schedule(ddim_scheduler(scheduler.config, config.num_steps), config.eta).noisy)
+    reference = {"prdp": min(config.reference_steps, S) or S, "d3po": S}.get(config.method, 0)
+    return {"sample": T, "reference": reference, "update": S * (2 if config.lora_rank else 3)}
+
+
+def measure(processes: int, num_steps: int, flags: list[str], pipe, flops: int, most: float) -> dict:
     """One row of the table; ValueError with train.py's own message if it refuses the flags."""
+    config = parse([*flags, "--num_steps", str(num_steps), "--updates_per_epoch", "1"])
     with tempfile.TemporaryDirectory() as folder:
         run, start = Path(folder) / "run", [sys.executable]
         if processes > 1:
@@ -74,13 +81,13 @@ def measure(processes: int, num_steps: int, flags: list[str], config: Config, fl
         command += ["--num_steps", str(num_steps), "--epochs", str(EPOCHS), "--updates_per_epoch", "1", "--output_dir", str(run)]
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if done.returncode:
-            raise ValueError(done.stderr.strip().splitlines()[-1])
+            raise ValueError(last_words(done.stderr))
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-(EPOCHS - WARM) :]
     phases = {phase: sum(line["seconds"][phase] for line in lines) / len(lines) for phase in lines[0]["seconds"]}
     if torch.cuda.is_available():
         most *= processes
     trajectories = config.prompts_per_epoch * config.images_per_prompt
-    passes = {"sample": num_steps, "reference": num_steps, "update": num_steps * (2 if config.lora_rank else 3)}
+    passes = entries(config, pipe.scheduler)
     return {
         "processes": processes,
         "num_steps": num_steps,
@@ -107,11 +114,12 @@ def main(argv: list[str]) -> None:
         # In a process that ends, so that no memory of the GPU is held while epochs are measured.
         with ProcessPoolExecutor(1, get_context("spawn")) as child:
             most = child.submit(ceiling, config).result()
-        speed = {"flops_per_entry": flops_per_entry(config), "flops_per_second_of_a_matrix_product": most}
+        pipe = load_pipeline(config.model, torch.device("cpu"))
+        speed = {"flops_per_entry": flops_per_entry(config, pipe), "flops_per_second_of_a_matrix_product": most}
         cases = [(processes, num_steps, "") for processes in arguments.processes for num_steps in arguments.num_steps]
         cases += [(arguments.processes[0], arguments.num_steps[0], also) for also in arguments.also]
         rows = [
-            {"flags": also} | measure(processes, num_steps, [*flags, *also.split()], config, *speed.values())
+            {"flags": also} | measure(processes, num_steps, [*flags, *also.split()], pipe, *speed.values())
             for processes, num_steps, also in cases
         ]
         if arguments.output:

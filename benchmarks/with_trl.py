@@ -3,8 +3,12 @@
     python -m benchmarks.with_trl FLAGS --output_dir FOLDER [--seconds S]
 
 FLAGS are those of train.py with --method ddpo: the same pipeline, prompts in the same order, pictures, steps, guidance, updates,
-rates and batches, in TRL's words. FOLDER/metrics.jsonl has a line for every epoch, its reward_mean and its seconds, and
-FOLDER/pipeline what was trained.
+rates and batches, in TRL's words. FOLDER/metrics.jsonl has a line for every epoch, its reward_mean and its seconds,
+FOLDER/pipeline what was trained and FOLDER/versions.json the versions at work.
+
+Help that TRL gets where a schedule ends without noise, as the miniature's does: by itself it would end at the lowest noise level
+instead and be scored on pictures that are still noisy. Here its last step ends where ours does; since that step has no finite
+log-prob there, it is not trained, as it is not with us, and no call of the network is made for it.
 """
 
 import argparse
@@ -12,6 +16,7 @@ import json
 import sys
 import time
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -34,13 +39,36 @@ class Pipeline(DefaultDDPOStableDiffusionPipeline):
     def __init__(self, config: Config):
         self.sd_pipeline = load_pipeline(config.model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         self.sd_pipeline.scheduler = ddim_scheduler(self.sd_pipeline.scheduler.config, config.num_steps)
-        self.use_lora = config.lora_rank > 0  # of rank 4 then, whatever is asked for
+        self.use_lora = config.lora_rank > 0
+        if self.use_lora and config.lora_rank != 4:
+            raise ValueError(f"TRL's adapters have rank 4, not {config.lora_rank}")
         self.sd_pipeline.unet.requires_grad_(not self.use_lora)
+        self.ends_clean = bool(self.scheduler.final_alpha_cumprod == 1)
+        if self.ends_clean:
+            self.scheduler.alphas_cumprod[0] = 1  # where TRL takes its last step to end; no step begins there
+
+    def __call__(self, *args, **kwargs):
+        output = super().__call__(*args, **kwargs)
+        if self.ends_clean:
+            output.log_probs[-1] = torch.zeros_like(output.log_probs[-1])
+        return output
+
+
+class Trainer(DDPOTrainer):
+    """TRL's, without the last step where it draws no noise."""
+
+    def calculate_loss(self, latents, timesteps, next_latents, log_probs, advantages, embeds):
+        kept = (timesteps != self.sd_pipeline.scheduler.timesteps[-1]) | (not self.sd_pipeline.ends_clean)
+        rows = latents[kept], timesteps[kept], next_latents[kept], log_probs[kept], advantages[kept], embeds[kept.repeat(2)]
+        loss, *rest = super().calculate_loss(*rows)
+        return loss * kept.float().mean(), *rest
 
 
 def settings(config: Config) -> DDPOConfig:
-    """The same settings in TRL's words: its updates are of train_batch_size * accumulation pictures, all steps of them."""
+    """The same settings in TRL's words; ValueError where it has none: an update is of whole batches of pictures."""
     pictures = config.prompts_per_epoch * config.images_per_prompt
+    if pictures % (config.updates_per_epoch * config.train_batch_size) or pictures % config.sample_batch_size:
+        raise ValueError(f"TRL's updates are of whole batches: {pictures} pictures are not")
     return DDPOConfig(
         seed=config.seed,
         sample_num_steps=config.num_steps, sample_eta=config.eta, sample_guidance_scale=config.guidance_scale,
@@ -73,7 +101,7 @@ def main(argv: list[str]) -> None:
 
     PartialState()  # accelerate's logger, which TRL uses, asks for it
     pipeline = Pipeline(config)
-    trainer = DDPOTrainer(settings(config), score, lambda: next(drawn), pipeline)
+    trainer = Trainer(settings(config), score, lambda: next(drawn), pipeline)
     pipeline.set_progress_bar_config(disable=True)
     lines, step = [], 0
     for epoch in range(config.epochs):
@@ -88,6 +116,8 @@ def main(argv: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not pipeline.use_lora:
         save_pipeline(pipeline.sd_pipeline, pipeline.scheduler, folder / "pipeline")
+    versions = {name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate", "trl")}
+    (folder / "versions.json").write_text(json.dumps(versions))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 

@@ -16,7 +16,7 @@ import torch
 from comparators.d3po import D3PO
 from comparators.ddpo import DDPO
 from comparators.dpok import DPOK
-from comparators.epoch import parts_of_table, stream
+from comparators.epoch import stream
 from config import Config
 from sampler import Policy
 
@@ -39,10 +39,9 @@ def chosen(config: Config, policy: Policy, **of_dpok) -> Comparator | None:
 def asked_of_reference(config: Config, comparator: Comparator | None, shape: tuple[int, int, int], epoch: int) -> torch.Tensor:
     """The entries (N, B, S), bool, at which pi_ref is evaluated: those that the loss reads, else one in 20 for kl_nats.
 
-    With --reference_steps n they are n of every trajectory, drawn anew in every epoch.
+    At least 32, that is. With --reference_steps n they are n of every trajectory. All are drawn anew in every epoch.
     """
     generator, size = stream(config.seed, epoch), math.prod(shape)
     if comparator is not None and not comparator.needs_reference:
-        few = torch.randperm(size, generator=generator)[: max(32, size // 20)]
-        return parts_of_table([few], size, *shape)[0]
+        return (torch.rand(size, generator=generator).argsort() < max(32, size // 20)).view(shape)
     return torch.rand(shape, generator=generator).argsort(-1) < (config.reference_steps or shape[-1])

@@ -1,7 +1,8 @@
 """Batch sizes that fit themselves: `--sample_batch_size auto` and the like.
 
 On a GPU each is doubled, before the first epoch, until a pass of that kind takes more memory than there is, beside what the run
-will hold all along: the epoch's latents, gradients and the optimiser's moments. On a CPU they are a fixed number.
+holds at that time: the epoch's latents, the optimiser's moments, and in the backward pass gradients. Reward models are not asked:
+users' may count their calls. On a CPU the sizes are a fixed number.
 """
 
 import dataclasses
@@ -10,9 +11,8 @@ from collections.abc import Callable
 import torch
 
 from config import AUTO, Config
-from plumbing.pipeline import encode_prompts, score
+from plumbing.pipeline import encode_prompts
 from plumbing.processes import WORLD_SIZE, all_succeed, say
-from plumbing.reward_models import Reward
 from plumbing.trainable import Reference
 from sampler import Policy, gaussian, gaussian_log_prob
 
@@ -26,9 +26,12 @@ def fits(run: Callable[[int], object], size: int) -> bool:
     torch.cuda.reset_peak_memory_stats()
     try:
         run(size)
+        return torch.cuda.max_memory_reserved() <= HEADROOM * torch.cuda.mem_get_info()[1]
     except torch.OutOfMemoryError:
         return False
-    return torch.cuda.max_memory_reserved() <= HEADROOM * torch.cuda.mem_get_info()[1]
+    finally:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def largest(name: str, run: Callable[[int], object], limit: int) -> int:
@@ -41,49 +44,51 @@ def largest(name: str, run: Callable[[int], object], limit: int) -> int:
     return size
 
 
-def fit_batches(
-    config: Config, pipe, policy: Policy, reference: Reference, trained: list[torch.nn.Parameter], reward: Reward, prompt: str
-) -> Config:
+def fit_batches(config: Config, pipe, policy: Policy, reference: Reference, trained: list[torch.nn.Parameter]) -> Config:
     """The settings with a number for every batch size that is auto, the same in every process."""
+    wanted = [name for name in ("sample", "log_prob", "train") if getattr(config, f"{name}_batch_size") == AUTO]
+    if not wanted:
+        return config
     steps, rows = len(policy.schedule.noisy), -(-config.prompts_per_epoch * config.images_per_prompt // WORLD_SIZE)
-    cond = encode_prompts(pipe, [prompt])
+    cond = encode_prompts(pipe, ["a prompt"])
+
+    def latents(*size: int) -> torch.Tensor:
+        return torch.randn(*size, *policy.latent_shape, device=policy.device, dtype=policy.dtype)
 
     def inputs(size: int):
-        x_t = torch.randn(size, *policy.latent_shape, device=policy.device, dtype=policy.dtype)
         first = torch.zeros(size, dtype=torch.long, device=policy.device)
-        return x_t, first, cond[first]
+        return latents(size), first, cond[first]
 
     @torch.no_grad()
     def sample(size: int) -> None:
+        held = latents(3, size, config.num_steps + 1)  # the batch's noise, its latents, and these as one tensor
         gaussian(policy, *inputs(size))
-        score(pipe, inputs(size)[0], [prompt] * size, reward, size)
+        del held
 
     @torch.no_grad()
     def log_prob(size: int) -> None:
         with reference(policy) as pi_ref:
             gaussian(pi_ref, *inputs(size))
 
-    def update(size: int) -> None:
+    def train(size: int) -> None:
         x_t, i, cond = inputs(size)
-        gaussian_log_prob(x_t, *gaussian(policy, x_t, i, cond), policy.log_prob_reduction).sum().backward()
-
-    def found() -> dict[str, int]:
-        passes = {"sample": (sample, rows), "log_prob": (log_prob, rows * steps), "train": (update, rows * steps)}
-        passes = {f"{name}_batch_size": run for name, run in passes.items()}
-        sizes = {name: ON_A_CPU for name in passes if getattr(config, name) == AUTO}
-        if policy.device.type == "cuda" and sizes:
-            held = [torch.empty_like(parameter) for parameter in trained for _ in range(2)]  # moments, for the time being
-            if not config.latents_on_cpu:
-                held.append(torch.empty(rows, config.num_steps + 1, *policy.latent_shape, device=policy.device))
-            for parameter in trained:
-                parameter.grad = torch.zeros_like(parameter)
-            sizes = {name: largest(name, *passes[name]) for name in sizes}
+        try:
+            for _ in range(2):  # the second pass meets the first one's gradients
+                gaussian_log_prob(x_t, *gaussian(policy, x_t, i, cond), policy.log_prob_reduction).sum().backward()
+        finally:
             for parameter in trained:
                 parameter.grad = None
+
+    def found() -> list[int]:
+        if policy.device.type == "cpu":
+            return [ON_A_CPU] * len(wanted)
+        held = [torch.empty_like(parameter) for parameter in trained for _ in range(2)]
+        held.append(latents(1 if config.latents_on_cpu else 2 * rows, config.num_steps + 1))  # twice while they are joined
+        sizes = [largest(f"{run.__name__}_batch_size", run, limit) for run, limit in
+                 ((sample, rows), (log_prob, rows * steps), (train, rows * steps)) if run.__name__ in wanted]  # fmt: skip
+        del held
         return sizes
 
-    everywhere = all_succeed(found)
-    sizes = {name: min(of_one[name] for of_one in everywhere) for name in everywhere[0]}
-    if sizes:
-        say("auto: " + ", ".join(f"{name} {size}" for name, size in sizes.items()))
-    return dataclasses.replace(config, **sizes)
+    sizes = [min(of_all) for of_all in zip(*all_succeed(found), strict=True)]
+    say("auto: " + ", ".join(f"--{name}_batch_size {size}" for name, size in zip(wanted, sizes, strict=True)))
+    return dataclasses.replace(config, **{f"{name}_batch_size": size for name, size in zip(wanted, sizes, strict=True)})

@@ -38,6 +38,12 @@ def text_of(error: BaseException) -> str:
     return text if isinstance(error, ValueError | OSError | RuntimeError) else f"{type(error).__name__}: {text}"
 
 
+def last_words(said: str) -> str:
+    """What a command that failed said of it: its line of error where it has one, else its last."""
+    lines = said.strip().splitlines() or ["it said nothing"]
+    return next((line for line in lines if ": error" in line), lines[-1])
+
+
 def complain(error: Exception) -> None:
     """The error in one line on stderr; an error that has come here from another process has been told there."""
     if getattr(error, "told", False):

@@ -82,8 +82,13 @@ class Run:
             yield epoch
 
     @contextmanager
-    def updating(self) -> Iterator[None]:
-        """Around the updates of an epoch: Ctrl-C waits for their end, and what they have begun to change is not saved."""
+    def updating(self, mine: Trajectories) -> Iterator[None]:
+        """Around the updates of an epoch: Ctrl-C waits for their end, and what they have begun to change is not saved.
+
+        Before the first of all rounding is measured, on four of this process's trajectories.
+        """
+        if self.completed == 0:
+            self.measure_rounding(mine)
         # Methods with a memory change it from the beginning; weights change after check().
         self.whole, self.in_updates = not self.remembers, True
         with processes.uninterrupted():
@@ -100,8 +105,6 @@ class Run:
             error.shared, error.told = True, RANK > 0
             raise error
         self.whole = False
-        if k == 0 and self.completed == 0:
-            self.measure_rounding(mine)
         if k == 0:
             self.drift = (recomputed - mine.log_probs).abs().nan_to_num().max()
 

@@ -57,9 +57,11 @@ def make_trainable(pipe: DiffusionPipeline, config: Config) -> Reference:
                 unet.enable_lora()
         else:
             frozen.to(device)
-            yield dataclasses.replace(policy, denoise=dataclasses.replace(policy.denoise, unet=frozen))
-            if config.reference_on_cpu:
-                frozen.to("cpu")
+            try:
+                yield dataclasses.replace(policy, denoise=dataclasses.replace(policy.denoise, unet=frozen))
+            finally:
+                if config.reference_on_cpu:
+                    frozen.to("cpu")
 
     return reference
 

@@ -154,19 +154,20 @@ def run_on_two_processes(folder: Path, model_folder: Path, two_models: Path) -> 
 
 def start(agents: list[list[str]], cases: Path) -> None:
     """An agent of torchrun for each list of its flags, on the cases."""
+    logs = [cases.with_suffix(f".{rank}.log") for rank in range(len(agents))]
     started = [
         subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", *flags, "tests/two_processes.py", str(cases)],
-            cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log.open("w"), stderr=subprocess.STDOUT,
         )
-        for flags in agents
+        for flags, log in zip(agents, logs, strict=True)
     ]  # fmt: skip
     try:
-        said = [agent.communicate(timeout=300)[1] for agent in started]
+        codes = [agent.wait(timeout=300) for agent in started]
     finally:
         for agent in started:
-            agent.kill()
-    assert [agent.returncode for agent in started] == [0] * len(started), said
+            agent.terminate()  # torchrun then ends the processes it has started
+    assert not any(codes), [log.read_text() for log in logs]
 
 
 def pytest_configure(config: pytest.Config) -> None:

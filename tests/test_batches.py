@@ -53,46 +53,59 @@ def test_fits_knows_a_full_memory_from_a_fault(monkeypatch):
         batches.fits(wrong, 3)
 
 
-def test_every_pass_is_tried_beside_what_the_run_holds(model_folder, monkeypatch, capsys):
+@pytest.mark.parametrize("more", [[], ["--latents_on_cpu", "True"], ["--lora_rank", "2"]])
+def test_every_pass_is_tried_beside_what_the_run_holds(more, model_folder, monkeypatch, capsys):
     """On the CPU, which is taken for a GPU: the passes themselves run, and leave neither gradients nor other sizes behind."""
-    seen = []
+    seen, held = [], []
 
     def fits(run, size):
         run(size)
-        gradients = [parameter.grad is not None for parameter in trained]
-        seen.append((run.__name__, size, all(gradients)))
-        return size <= {"sample": 2, "log_prob": 5, "update": 9}[run.__name__]
+        seen.append((run.__name__, size))
+        return size <= {"sample": 2, "log_prob": 5, "train": 9}[run.__name__]
 
     monkeypatch.setattr(batches, "fits", fits)
-    flags = [
-        "--preset",
-        "toy",
-        "--model",
-        str(model_folder),
-        "--prompts_per_epoch",
-        "2",
-        "--images_per_prompt",
-        "3",
-        "--eval_prompts=",
-    ]
-    config = parse([*flags, *ALL_AUTO])
+    flags = "--preset toy --prompts_per_epoch 2 --images_per_prompt 3 --eval_prompts= --model".split()
+    config = parse([*flags, str(model_folder), *more, *ALL_AUTO])
     assert [getattr(config, name) for name in SIZES] == [0, 0, 0]
-    prompts, _, reward, pipe = train.load(config, torch.device("cpu"))
+    *_, pipe = train.load(config, torch.device("cpu"))
     policy = train.pipeline_policy(pipe, config.num_steps, guidance_scale=1.0, eta=1.0)
     reference = train.make_trainable(pipe, config)
     trained = list(train.trained_parameters(pipe).values())
     on_gpu = dataclasses.replace(policy, device=type("Device", (), {"type": "cuda"})())
-    monkeypatch.setattr(batches.torch, "randn", lambda *size, device, dtype, randn=torch.randn: randn(*size, dtype=dtype))
-    for maker in ("zeros", "empty"):
-        make = getattr(torch, maker)
-        monkeypatch.setattr(batches.torch, maker, lambda *size, device=None, make=make, **rest: make(*size, **rest))
-    found = batches.fit_batches(config, pipe, on_gpu, reference, trained, reward, prompts[0])
+
+    def noted(make):
+        def here(*size, **rest):
+            made = make(*size, **{name: value for name, value in rest.items() if name != "device"})
+            held.append(made.numel())
+            return made
+
+        return here
+
+    for maker in ("randn", "zeros", "empty_like"):
+        monkeypatch.setattr(batches.torch, maker, noted(getattr(torch, maker)))
+    found = batches.fit_batches(config, pipe, on_gpu, reference, trained)
     assert [getattr(found, name) for name in SIZES] == [2, 4, 8]
-    sizes = {"sample": (1, 2, 4), "log_prob": (1, 2, 4, 8), "update": (1, 2, 4, 8, 16)}
-    assert seen == [(name, size, True) for name, tried in sizes.items() for size in tried]
+    sizes = {"sample": (1, 2, 4), "log_prob": (1, 2, 4, 8), "train": (1, 2, 4, 8, 16)}
+    assert seen == [(name, size) for name, tried in sizes.items() for size in tried]
     assert all(parameter.grad is None for parameter in trained)
+    D, T = 768, config.num_steps
+    assert sum(held[: 2 * len(trained)]) == 2 * sum(parameter.numel() for parameter in trained)  # moments
+    assert held[2 * len(trained)] == (1 if "--latents_on_cpu" in more else 2 * 6) * (T + 1) * D
+    assert held[2 * len(trained) + 1] == 3 * 1 * (T + 1) * D  # of sampling one picture
     assert dataclasses.replace(found, **dict.fromkeys(SIZES, 0)) == config
-    assert "auto: sample_batch_size 2, log_prob_batch_size 4, train_batch_size 8" in capsys.readouterr().out
+    assert "auto: --sample_batch_size 2, --log_prob_batch_size 4, --train_batch_size 8" in capsys.readouterr().out
+
+
+def test_a_reference_that_ran_out_of_memory_goes_back_to_the_cpu(model_folder, monkeypatch):
+    config = parse(["--preset", "toy", "--model", str(model_folder), "--reference_on_cpu", "True"])
+    *_, pipe = train.load(config, torch.device("cpu"))
+    policy = train.pipeline_policy(pipe, 5, guidance_scale=1.0, eta=1.0)
+    reference, moved = train.make_trainable(pipe, config), []
+    to = type(pipe.unet).to
+    monkeypatch.setattr(type(pipe.unet), "to", lambda unet, where: moved.append(str(where)) or to(unet, where))
+    with pytest.raises(torch.OutOfMemoryError), reference(policy):
+        raise torch.OutOfMemoryError("full")
+    assert len(moved) == 2 and moved[1] == "cpu"
 
 
 def test_a_run_keeps_what_was_found(model_folder, tmp_path):

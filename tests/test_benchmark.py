@@ -45,12 +45,12 @@ def test_several_processes_are_started_by_torchrun(monkeypatch):
 
     def nothing(command, **_):
         started.append(command)
-        return subprocess.CompletedProcess(command, 2, stderr="train.py: error: enough")
+        return subprocess.CompletedProcess(command, 2, stderr="train.py: error: enough\n=====\nof torchrun\n=====")
 
     monkeypatch.setattr(speed.subprocess, "run", nothing)
     for processes in (1, 2):
         with pytest.raises(ValueError, match="enough"):
-            speed.measure(processes, 5, ["--preset", "toy"], parse(["--preset", "toy"]), 1, 1.0)
+            speed.measure(processes, 5, ["--preset", "toy"], None, 1, 1.0)
     one, two = started
     assert one[1].endswith("train.py") and two[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     assert one[2:-1] == two[6:-1]  # all but the folder
@@ -65,10 +65,11 @@ def test_wrong_flags_are_refused_with_the_trainers_own_line(capsys):
 def test_operations_are_those_of_the_layers(model_folder):
     """The counter against one layer by hand, and guidance doubling all."""
     config = parse(["--preset", "toy", "--model", str(model_folder)])
-    plain = speed.flops_per_entry(config)
-    guided = speed.flops_per_entry(dataclasses.replace(config, guidance_scale=3.0))
+    pipe = load_pipeline(str(model_folder), torch.device("cpu"))
+    plain = speed.flops_per_entry(config, pipe)
+    guided = speed.flops_per_entry(dataclasses.replace(config, guidance_scale=3.0), pipe)
     assert guided == 2 * plain
-    unet = load_pipeline(str(model_folder), torch.device("cpu")).unet
+    unet = pipe.unet
     done = []
     for layer in unet.modules():
         if isinstance(layer, torch.nn.Conv2d):
@@ -76,3 +77,19 @@ def test_operations_are_those_of_the_layers(model_folder):
     text = torch.zeros(1, 16, unet.config.cross_attention_dim)
     unet(torch.zeros(1, unet.config.in_channels, *[unet.config.sample_size] * 2), torch.ones(1), text)
     assert 0.3 * plain < sum(done) < plain  # convolutions are the larger part of this small UNet, not all
+
+
+@pytest.mark.parametrize(
+    "flags, passes",
+    [
+        ("", (5, 4, 12)),
+        ("--reference_steps 1", (5, 1, 12)),
+        ("--lora_rank 2 --num_steps 10", (10, 9, 18)),
+        ("--method ddpo", (5, 0, 12)),
+    ],
+)
+def test_passes_of_an_epoch(flags, passes, model_folder):
+    """The miniature's last step has no noise, and so no log-prob."""
+    scheduler = load_pipeline(str(model_folder), torch.device("cpu")).scheduler
+    found = speed.entries(parse(["--preset", "toy", *flags.split()]), scheduler)
+    assert found == dict(zip(("sample", "reference", "update"), passes, strict=True))

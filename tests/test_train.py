@@ -101,15 +101,34 @@ def test_two_processes_equal_one(start, finished, model_folder, on_two_processes
             assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=2e-2)
 
 
-def test_reference_steps_cost_less_and_all_of_them_are_none_the_less(model_folder, tmp_path, monkeypatch):
-    asked = []
+@pytest.fixture
+def asked(monkeypatch) -> list[int | None]:
+    """Of every table that train() asks for the number of its entries, None for all of them."""
+    numbers, log_prob_table = [], train.log_prob_table
 
     def counting(policy, trajectories, batch_size, entries=None):
-        asked.append(None if entries is None else entries.sum().item())
+        numbers.append(None if entries is None else entries.sum().item())
         return log_prob_table(policy, trajectories, batch_size, entries)
 
-    log_prob_table = train.log_prob_table
     monkeypatch.setattr(train, "log_prob_table", counting)
+    return numbers
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ("--updates_per_epoch 1", []),
+        ("--updates_per_epoch 3", [None, 48, 48]),  # theta_old's in the batches of the updates, and one for each that follows
+        ("--updates_per_epoch 1 --offline", [None]),
+        ("--method ddpo --updates_per_epoch 3", [16, 16]),  # theta_old's is that of sampling
+    ],
+)
+def test_no_table_is_made_that_nobody_needs(flags, expected, asked, model_folder, tmp_path):
+    train.main(arguments(model_folder, tmp_path / "run", "--epochs", "1", "--eval_prompts", "", *flags.split()))
+    assert asked == expected
+
+
+def test_reference_steps_cost_less_and_all_of_them_are_none_the_less(asked, model_folder, tmp_path):
     for steps in ("0", "1", "4"):
         more = ["--epochs", "2", "--updates_per_epoch", "1", "--reference_steps", steps]
         train.main(arguments(model_folder, tmp_path / steps, *more))
