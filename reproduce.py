@@ -78,7 +78,6 @@ VARIANTS: dict[str, tuple[str, str, str]] = {  # name: method, scale and what is
     "PRDP shared x_T": ("prdp", "small", "--shared_x_T"),
     "DDPO": ("ddpo", "small", ""),
     "DDPO unclipped": ("ddpo", "small", "--clip_range 1e9"),
-    "DDPO at 3e-4": ("ddpo", "small", "--learning_rate 3e-4"),
     "DDPO batch statistics": ("ddpo", "small", "--reward_statistics batch"),
     "DPOK": ("dpok", "small", ""),
     "DPOK without critic": ("dpok", "small", "--critic False"),

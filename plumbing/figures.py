@@ -106,7 +106,7 @@ TARGETS = {
         "Fig. 3, Table 5: clipping",
         {
             "PRDP, small scale": ["PRDP", "PRDP unclipped", "PRDP unclipped, own rate"],
-            "DDPO, small scale": ["DDPO", "DDPO unclipped", "DDPO at 3e-4"],
+            "DDPO, small scale": ["DDPO", "DDPO unclipped"],
             LARGE: ["PRDP large", "DDPO large", "DDPO large unclipped"],
         },
         draw_curves, pictures=True,
