@@ -94,18 +94,12 @@ VARIANTS: dict[str, tuple[str, str, str]] = {  # name: method, scale and what is
     "T = 5": ("prdp", "prediction", "--epochs 120"),
     "T = 10": ("prdp", "prediction", "--num_steps 10"),
     "T = 20": ("prdp", "prediction", "--num_steps 20 --epochs 30"),
-    "reference on one step": ("prdp", "prediction", "--reference_steps 1"),
     "independent x_T": ("prdp", "prediction", "--shared_x_T False"),
     "K = 4, clipped": ("prdp", "prediction", "--updates_per_epoch 4 --clip_range 0.3 --epochs 15"),
     "four times the pictures": ("prdp", "prediction", "--images_per_prompt 64 --epochs 30"),
     "every weight": ("prdp", "prediction", "--lora_rank 0 --learning_rate 5e-5"),
     # In reward per nat the toy preset's beta is 0.03 / (768 * 4), about 1e-5, and the paper's 3e-5 / (16384 * 50), 4e-11.
     "beta 1e-3, every weight": ("prdp", "prediction", "--kl_weight 1e-3 --lora_rank 0 --learning_rate 2e-4"),
-    "beta 1e-3, reference on one step": (
-        "prdp",
-        "prediction",
-        "--kl_weight 1e-3 --lora_rank 0 --learning_rate 2e-4 --reference_steps 1",
-    ),
     "beta 1e-5, every weight": ("prdp", "prediction", "--kl_weight 1e-5 --lora_rank 0 --learning_rate 2e-4"),
     "colourfulness": ("prdp", "prediction", "--reward toy-colourfulness"),
     "DDPO colour": ("ddpo", "small", "--reward toy-colourfulness"),
