@@ -155,6 +155,16 @@ def test_results_in_the_readme_are_the_committed_ones():
     assert f"an epoch of {seconds} seconds on 2 CPU cores" in README.replace("\n", " ")
     least, most = (row["peak_memory_gib"] for row in rows)
     assert f"{least:.3f} GiB" in README and f"{most:.3f} GiB" in README and most < 1.05 * least
+    measured = {
+        (r["flags"], r["processes"], r["num_steps"]): f"{r['seconds_per_epoch']:.2f}" for r in result("benchmark.json")["results"]
+    }
+    larger = "--log_prob_batch_size 128 --train_batch_size 128"
+    for text in (
+        f"takes {measured['', 1, 5]} seconds at T = 5 and {measured['', 1, 50]} at T = 50 in one process",
+        f"{measured['', 2, 5]} and {measured['', 2, 50]} in two of one thread each, {measured[larger, 1, 5]} at T = 5 with batches",
+        f"{measured['--channels_last True', 1, 5]} with `--channels_last` and {measured['--compile True', 1, 5]} with `--compile`",
+    ):
+        assert text in " ".join(STABLE_DIFFUSION.split()), text
     seconds = result("times.json")["seconds"]
     assert f"`make demo` took {seconds['demo']} seconds and `make test` {seconds['test']}" in README.replace("\n", " ")
     assert seconds["demo"] < 180 and seconds["test"] < 360
