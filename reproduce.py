@@ -28,7 +28,7 @@ from plumbing import checkpoint, plots
 from plumbing.errors import one_line_errors
 from plumbing.figures import TARGETS, Target
 from plumbing.flags import parse
-from plumbing.jobs import Job, work_off
+from plumbing.jobs import Job, file_name, work_off
 from plumbing.processes import say
 from plumbing.prompts import load_prompts
 from plumbing.provenance import provenance
@@ -107,7 +107,7 @@ VARIANTS: dict[str, tuple[str, str, str]] = {  # name: method, scale and what is
 
 
 def run_folder(name: str, seed: int, options) -> Path:
-    return options.folder / f"{name} {seed}".replace(",", "").replace("= ", "").replace(" ", "-")
+    return options.folder / file_name(name, seed)
 
 
 def settings(method: str, scale: str, flags: str, rate: str, options) -> str:

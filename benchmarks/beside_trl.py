@@ -31,7 +31,9 @@ import torch
 from benchmarks import rehearsal
 from plumbing import checkpoint
 from plumbing.errors import last_words, one_line_errors
+from plumbing.jobs import file_name
 from plumbing.provenance import provenance
+from plumbing.run import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 TRL = "trl==0.23.1"
@@ -100,8 +102,7 @@ def succeed(command: list[str]) -> None:
 
 
 def epochs_of(run: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["epoch"]]
+    return [line for line in read_metrics(run) if line["epoch"]]
 
 
 def seconds_of(line: dict) -> float:
@@ -116,10 +117,6 @@ def interval(values: list[float]) -> tuple[float, float]:
     return sorted(values)[cut - 1], sorted(values)[-cut]
 
 
-def folder_name(*parts) -> str:
-    return "-".join(str(part) for part in parts).replace(",", "").replace("'", "").replace(" = ", "").replace(" ", "-")
-
-
 def time_all(options, python: str) -> dict:
     model = options.folder / "pipeline"
     if not (model / "model_index.json").exists():
@@ -129,7 +126,7 @@ def time_all(options, python: str) -> dict:
     for n in range(options.rounds):
         for name in list(TIMED)[:: -1 if n % 2 else 1]:
             whose, flags, _ = TIMED[name]
-            run = options.folder / folder_name("round", n, name)
+            run = options.folder / file_name("round", n, name)
             finished(run, whose, f"{flags} --model {model} {SHAPE} {options.epochs}", python)
             seconds[name].append(statistics.median(seconds_of(line) for line in epochs_of(run)[1:]))
         print(f"round {n + 1}:", ", ".join(f"{name} {values[-1]:.2f} s" for name, values in seconds.items()), flush=True)
@@ -144,7 +141,7 @@ def time_all(options, python: str) -> dict:
             "interval_90": interval(ratios),
             "owed_in_calls": calls / TIMED[base][2],
         }
-    versions = json.loads((options.folder / folder_name("round", 0, "TRL") / "versions.json").read_text())
+    versions = json.loads((options.folder / file_name("round", 0, "TRL") / "versions.json").read_text())
     return {"shape": SHAPE, "threads": torch.get_num_threads(), "versions_beside_trl": versions, "results": rows}
 
 
@@ -165,7 +162,7 @@ def learn_all(options, python: str) -> dict:
     def trained(name: str, rate: str, seed: int) -> tuple[Path, list[dict]]:
         whose, flags = LEARNING[name]
         flags = f"{MINIATURE} {options.epochs} {flags} --learning_rate {rate} --seed {seed}"
-        run = finished(options.folder / folder_name(name, rate, seed), whose, flags, python, options.seconds)
+        run = finished(options.folder / file_name(name, rate, seed), whose, flags, python, options.seconds)
         return run, until(run, options.seconds)
 
     searched: dict[str, dict[str, float]] = {name: {} for name in LEARNING}
@@ -178,7 +175,7 @@ def learn_all(options, python: str) -> dict:
         rows[name] = {"flags": flags, "search": searched[name], "learning_rate": rate, "seeds": {}}
         for seed in SEEDS:
             run, lines = trained(name, rate, seed)
-            model, scored = run / "pipeline", options.folder / folder_name("held out", name, rate, seed)
+            model, scored = run / "pipeline", options.folder / file_name("held out", name, rate, seed)
             if whose == "ours":  # which goes on to the last epoch
                 kept = {checkpoint.epoch_of(path): path for path in checkpoint.all_checkpoints(run)}
                 model = kept[lines[-1]["epoch"]]

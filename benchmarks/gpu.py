@@ -14,6 +14,7 @@ paper's large-scale settings but for 4 prompts an epoch instead of 64, and 10 st
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -26,24 +27,26 @@ from benchmarks import memory, rehearsal
 from plumbing.describe import rounding
 from plumbing.errors import last_words, one_line_errors
 from plumbing.flags import parse
+from plumbing.jobs import file_name
 from plumbing.pipeline import encode_prompts, load_pipeline, pipeline_policy
 from plumbing.provenance import provenance
+from plumbing.run import read_metrics
 from sampler import sample_trajectories
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 480  # seconds of a part
 GOAL = 0.45  # of the measured rate of bf16 over an epoch
-SPEED = {
-    "fp32": "--autocast no --num_steps 10",
-    "tf32": "--autocast no --tf32 True --num_steps 10",
-    "bf16": "",
-    "bf16, channels_last": "--channels_last True",
-    "bf16, compile": "--compile True",
-    "bf16, compile, channels_last": "--compile True --channels_last True",
-    "bf16, batches of 32": "--sample_batch_size 32 --log_prob_batch_size 32 --train_batch_size 16",
-    "bf16, auto": "--sample_batch_size auto --log_prob_batch_size auto --train_batch_size auto",
-    "bf16, adapters": "--lora_rank 16",
-    "bf16, reference on a tenth": "--reference_steps 5",
+SPEED = {  # name: T and flags
+    "fp32": (10, "--autocast no"),
+    "tf32": (10, "--autocast no --tf32 True"),
+    "bf16": (50, ""),
+    "bf16, channels_last": (50, "--channels_last True"),
+    "bf16, compile": (50, "--compile True"),
+    "bf16, compile, channels_last": (50, "--compile True --channels_last True"),
+    "bf16, batches of 32": (50, "--sample_batch_size 32 --log_prob_batch_size 32 --train_batch_size 16"),
+    "bf16, auto": (50, "--sample_batch_size auto --log_prob_batch_size auto --train_batch_size auto"),
+    "bf16, adapters": (50, "--lora_rank 16"),
+    "bf16, reference on a tenth": (50, "--reference_steps 5"),
 }
 CAPS = {"every weight, 24 GB": 24e9, "adapters, 12 GB": 12e9}  # bytes
 
@@ -97,22 +100,18 @@ def run_rounding(options) -> dict:
 
 
 def measure_speed(name: str, options) -> dict:
-    flags, steps = SPEED[name].split(), str(options.steps)
-    if "--num_steps" in flags:
-        at = flags.index("--num_steps")
-        steps = str(min(int(flags[at + 1]), options.steps))
-        del flags[at : at + 2]
+    steps, flags = SPEED[name]
     file = options.folder / "speed.json"
     file.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "benchmarks.speed", "--num_steps", steps, "--output", str(file)]
-    outcome = call([*command, *options.flags, *flags])
+    command = [sys.executable, "-m", "benchmarks.speed", "--num_steps", str(min(steps, options.steps)), "--output", str(file)]
+    outcome = call([*command, *options.flags, *flags.split()])
     return outcome | (json.loads(file.read_text()) if file.exists() else {})
 
 
 def run_recipe(name: str, options) -> dict:
     """Two epochs, so that the reference is asked and the optimiser has its moments, in no more memory than the recipe's."""
     run, recipe = options.folder / f"run of {name}", memory.RECIPES[name].split()[2:]  # all of them begin with the preset
-    subprocess.run(["rm", "-rf", str(run)], check=True)
+    shutil.rmtree(run, ignore_errors=True)
     flags = [*options.flags, *recipe, "--eval_prompts=", "--epochs", "2", "--num_steps", str(min(10, options.steps))]
     flags += ["--output_dir", str(run)]
     capped = (
@@ -123,7 +122,7 @@ def run_recipe(name: str, options) -> dict:
         "runpy.run_path('train.py', run_name='__main__')"
     )
     outcome = call([sys.executable, "-c", capped])
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()[1:]] if run.exists() else []
+    lines = read_metrics(run)[1:] if (run / "metrics.jsonl").exists() else []
     peak = max((line["peak_memory_gib"] for line in lines), default=None)
     derived = memory.derive(parse(flags), options.shape)
     most = max(derived[phase] for phase in ("sample", "reward", "reference", "update"))
@@ -155,7 +154,7 @@ def main(argv: list[str]) -> None:
             folder.mkdir(parents=True, exist_ok=True)
         made = options.folder / "rehearsal.json"
         if not made.exists():
-            subprocess.run(["rm", "-rf", str(options.folder / "rehearsal")], check=True)
+            shutil.rmtree(options.folder / "rehearsal", ignore_errors=True)
             made.write_text(json.dumps(rehearsal.make(options.folder / "rehearsal", options.shape, options.shape)))
         settings = "--preset large-hpsv2 --prompts_per_epoch 4"
         if options.shape == "tiny":  # a preset that does not ask for a GPU
@@ -164,7 +163,7 @@ def main(argv: list[str]) -> None:
             )
         options.flags = [*settings.split(), *json.loads(made.read_text())]
         for name, run in parts(options).items():
-            file = options.output / f"{name.replace(', ', '-').replace(' ', '-')}.json"
+            file = options.output / f"{file_name(name)}.json"
             if not file.exists():
                 result = provenance("-m benchmarks.gpu", argv) | {"part": name} | run()
                 file.write_text(json.dumps(result, indent=1) + "\n")

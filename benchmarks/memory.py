@@ -30,8 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import CLIPModel, CLIPTextModel
 
-from benchmarks import rehearsal
-from benchmarks.speed import flops_of
+from benchmarks import rehearsal, speed
 from config import AUTO, Config
 from plumbing.errors import one_line_errors
 from plumbing.flags import parse
@@ -100,9 +99,8 @@ def reward_models(config: Config, sizes: dict) -> list[torch.nn.Module]:
 
 def passes(config: Config) -> int:
     """Passes of single steps through the UNet in an epoch of PRDP; a backward pass is two, or one of adapters."""
-    K = config.updates_per_epoch
-    of_each = 2 + (K if K > 1 else 0) + K * (2 if config.lora_rank else 3)
-    return config.prompts_per_epoch * config.images_per_prompt * config.num_steps * of_each
+    of_each = sum(speed.passes(dataclasses.replace(config, method="prdp"), config.num_steps).values())
+    return config.prompts_per_epoch * config.images_per_prompt * of_each
 
 
 def derive(config: Config, shape: str = "full") -> dict[str, float]:
@@ -168,7 +166,7 @@ def derive(config: Config, shape: str = "full") -> dict[str, float]:
         moments = 2 * 4 * sum(parameter.numel() for parameter in trained) / GIB
         visiting = size_of(unet) if config.reference_on_cpu else 0
         return {
-            "exaflop_per_epoch": passes(config) * flops_of(lambda: policy.denoise(*inputs(1))) / 1e18,
+            "exaflop_per_epoch": passes(config) * speed.flops_of(lambda: policy.denoise(*inputs(1))) / 1e18,
             "resident": waiting + moments,
             "sample": waiting + moments + peak_of(sample),
             "reward": waiting + moments + peak_of(decode),

@@ -33,6 +33,7 @@ from plumbing.errors import last_words, one_line_errors
 from plumbing.flags import parse
 from plumbing.pipeline import ddim_schedule, ddim_scheduler, encode_prompts, load_pipeline, pipeline_policy
 from plumbing.provenance import provenance
+from plumbing.run import read_metrics
 
 EPOCHS, WARM = 4, 2
 
@@ -63,11 +64,21 @@ def ceiling(config: Config) -> float:
     return 2 * side**3 / best
 
 
-def entries(config: Config, scheduler) -> dict[str, float]:
-    """Passes of the UNet in every phase of an epoch of one update, for one trajectory; backward counts two, of adapters one."""
-    T, S = config.num_steps, len(ddim_schedule(ddim_scheduler(scheduler.config, config.num_steps), config.eta).noisy)
+def passes(config: Config, S: int) -> dict[str, int]:
+    """Passes of the UNet in every phase of an epoch, for one trajectory of S noisy steps; backward counts two, of adapters one.
+
+    For PRDP with any K; for the others, whose updates are of a part of the table each, with K = 1.
+    """
+    K = config.updates_per_epoch
     reference = {"prdp": min(config.reference_steps, S) or S, "d3po": S}.get(config.method, 0)
-    return {"sample": T, "reference": reference, "update": S * (2 if config.lora_rank else 3)}
+    again = S if K > 1 else 0  # theta_old's table
+    updates = K * (2 if config.lora_rank else 3) + K - 1  # before all but the first a table of theta
+    return {"sample": config.num_steps, "reference": reference + again, "update": S * updates}
+
+
+def noisy_steps(config: Config, scheduler) -> int:
+    """S of a scheduler's schedule."""
+    return len(ddim_schedule(ddim_scheduler(scheduler.config, config.num_steps), config.eta).noisy)
 
 
 def measure(processes: int, num_steps: int, flags: list[str], pipe, flops: int, most: float) -> dict:
@@ -82,19 +93,19 @@ def measure(processes: int, num_steps: int, flags: list[str], pipe, flops: int, 
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if done.returncode:
             raise ValueError(last_words(done.stderr))
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-(EPOCHS - WARM) :]
+        lines = read_metrics(run)[-(EPOCHS - WARM) :]
     phases = {phase: sum(line["seconds"][phase] for line in lines) / len(lines) for phase in lines[0]["seconds"]}
     if torch.cuda.is_available():
         most *= processes
     trajectories = config.prompts_per_epoch * config.images_per_prompt
-    passes = entries(config, pipe.scheduler)
+    of_phase = passes(config, noisy_steps(config, pipe.scheduler))
     return {
         "processes": processes,
         "num_steps": num_steps,
         "seconds": phases,
         "seconds_per_epoch": sum(phases.values()),
-        "utilisation": {phase: trajectories * n * flops / phases[phase] / most for phase, n in passes.items()}
-        | {"epoch": trajectories * sum(passes.values()) * flops / sum(phases.values()) / most},
+        "utilisation": {phase: trajectories * n * flops / phases[phase] / most for phase, n in of_phase.items()}
+        | {"epoch": trajectories * sum(of_phase.values()) * flops / sum(phases.values()) / most},
         "images_per_second": sum(line["images_per_second"] for line in lines) / len(lines),
         "peak_memory_gib": max(line["peak_memory_gib"] for line in lines),
     }
@@ -135,11 +146,8 @@ def main(argv: list[str]) -> None:
         print(f"| {row['flags']} | {row['processes']} | {row['num_steps']} | {seconds} | {row['seconds_per_epoch']:.2f} "
               f"| {row['images_per_second']:.1f} | {row['peak_memory_gib']:.3f} "
               f"| {', '.join(f'{phase} {100 * share:.0f} %' for phase, share in row['utilisation'].items())} |")  # fmt: skip
-    least, most = (
-        pick(row["peak_memory_gib"] for row in rows if (row["flags"], row["processes"]) == ("", rows[0]["processes"]))
-        for pick in (min, max)
-    )
-    print(f"peak memory differs by {100 * (most / least - 1):.1f} %")
+    peaks = [row["peak_memory_gib"] for row in rows[: len(arguments.num_steps)]]  # over T, all else equal
+    print(f"peak memory differs by {100 * (max(peaks) / min(peaks) - 1):.1f} %")
 
 
 if __name__ == "__main__":

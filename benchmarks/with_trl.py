@@ -26,6 +26,7 @@ from config import Config
 from plumbing.flags import parse
 from plumbing.pipeline import ddim_scheduler, load_pipeline, save_pipeline
 from plumbing.prompts import draw_prompts, load_prompts
+from plumbing.provenance import provenance
 from rewards import load_rewards
 
 with warnings.catch_warnings():
@@ -116,7 +117,7 @@ def main(argv: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not pipeline.use_lora:
         save_pipeline(pipeline.sd_pipeline, pipeline.scheduler, folder / "pipeline")
-    versions = {name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate", "trl")}
+    versions = provenance("-m benchmarks.with_trl", argv)["versions"] | {name: version(name) for name in ("accelerate", "trl")}
     (folder / "versions.json").write_text(json.dumps(versions))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 

@@ -27,6 +27,11 @@ class Job:
         return read_metrics(self.run)[-1]["epoch"] if self.run and (self.run / "metrics.jsonl").exists() else 0
 
 
+def file_name(*parts) -> str:
+    """A name for files and folders of what is called so: words with dashes between them."""
+    return " ".join(map(str, parts)).replace(",", "").replace("'", "").replace("= ", "").replace(" ", "-")
+
+
 def work_off(jobs: list[Job], title: str, at_once: int, logs: Path) -> None:
     """Runs commands, at_once at a time; ValueError with the last line of the first that fails, once the others have stopped."""
     waiting, running, free, gpus = list(jobs), {}, list(range(at_once)), torch.cuda.device_count()

@@ -107,14 +107,10 @@ def on_two_processes(model_folder, two_models, tmp_path_factory) -> dict[str, On
     with FileLock(f"{folder}.lock"):
         if not (folder / "agents.1.json").exists():
             run_on_two_processes(folder, model_folder, two_models)
-    ranks = [
-        {
-            name: outcome
-            for start in ("cases", "agents")
-            for name, outcome in json.loads((folder / f"{start}.{rank}.json").read_text()).items()
-        }
-        for rank in range(2)
-    ]
+    of_cases, of_agents = (
+        [json.loads((folder / f"{start}.{rank}.json").read_text()) for rank in range(2)] for start in ("cases", "agents")
+    )
+    ranks = [one | other for one, other in zip(of_cases, of_agents, strict=True)]
     return {
         name: OnTwo(folder / name, [rank[name]["code"] for rank in ranks], [rank[name]["errors"] for rank in ranks])
         for name in ranks[0]

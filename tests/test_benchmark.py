@@ -86,10 +86,12 @@ def test_operations_are_those_of_the_layers(model_folder):
         ("--reference_steps 1", (5, 1, 12)),
         ("--lora_rank 2 --num_steps 10", (10, 9, 18)),
         ("--method ddpo", (5, 0, 12)),
+        ("--updates_per_epoch 10", (5, 8, 156)),
     ],
 )
 def test_passes_of_an_epoch(flags, passes, model_folder):
     """The miniature's last step has no noise, and so no log-prob."""
     scheduler = load_pipeline(str(model_folder), torch.device("cpu")).scheduler
-    found = speed.entries(parse(["--preset", "toy", *flags.split()]), scheduler)
+    config = parse(["--preset", "toy", *flags.split()])
+    found = speed.passes(config, speed.noisy_steps(config, scheduler))
     assert found == dict(zip(("sample", "reference", "update"), passes, strict=True))

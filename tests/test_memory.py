@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import memory
+from benchmarks import memory, speed
 from plumbing.flags import parse
 
 FLAGS = ["--preset", "large-hpsv2", "--sample_batch_size", "4", "--train_batch_size", "16"]
@@ -72,9 +72,9 @@ def test_passes_of_an_epoch():
     assert memory.passes(parse([])) == entries * (1 + 1 + 1 + 9 + 10 * 3)  # drawn, reference, old, again, updates
     assert memory.passes(parse(["--updates_per_epoch", "1"])) == entries * (1 + 1 + 3)
     assert memory.passes(parse(["--updates_per_epoch", "1", "--lora_rank", "2"])) == entries * (1 + 1 + 2)
-    assert memory.flops_of(lambda: torch.ones(2, 3) @ torch.ones(3, 4)) == 2 * 2 * 3 * 4
+    assert speed.flops_of(lambda: torch.ones(2, 3) @ torch.ones(3, 4)) == 2 * 2 * 3 * 4
     attention = torch.nn.functional.scaled_dot_product_attention
-    assert memory.flops_of(lambda: attention(*torch.ones(3, 1, 1, 5, 7))) == 2 * (2 * 5 * 5 * 7)
+    assert speed.flops_of(lambda: attention(*torch.ones(3, 1, 1, 5, 7))) == 2 * (2 * 5 * 5 * 7)
 
 
 def test_table_and_json(capsys, tmp_path, monkeypatch):

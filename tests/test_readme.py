@@ -150,22 +150,21 @@ def test_results_in_the_readme_are_the_committed_ones():
         one, two = (gains[what, title] for _, title in (ONE, TWO))
         text = f"gain {where} is {min(one):+.3f} to {max(one):+.3f} for one object and {min(two):+.3f} to {max(two):+.3f} for two"
         assert text in README.replace("\n", " "), text
-    rows = [row for row in result("benchmark.json")["results"] if row["flags"] == "" and row["processes"] == 1]
+    every = result("benchmark.json")["results"]
+    rows = [row for row in every if row["flags"] == "" and row["processes"] == 1]
     seconds = " and ".join(f"{row['seconds_per_epoch']:.3g}" for row in rows)
     assert f"an epoch of {seconds} seconds on 2 CPU cores" in README.replace("\n", " ")
     least, most = (row["peak_memory_gib"] for row in rows)
     assert f"{least:.3f} GiB" in README and f"{most:.3f} GiB" in README and most < 1.05 * least
-    measured = {
-        (r["flags"], r["processes"], r["num_steps"]): f"{r['seconds_per_epoch']:.2f}" for r in result("benchmark.json")["results"]
-    }
-    of_one, of_two, compiled = ([measured[flags, n, T] for T in ts] for flags, n, ts in
-                                (("", 1, (5, 50)), ("", 2, (5, 50)), ("--compile True", 1, (5,))))  # fmt: skip
-    larger = measured["--log_prob_batch_size 128 --train_batch_size 128", 1, 5]
+    measured = [f"{row['seconds_per_epoch']:.2f}" for row in every]
+    assert [(row["processes"], row["num_steps"], row["flags"]) for row in every] == [
+        (1, 5, ""), (1, 50, ""), (2, 5, ""), (2, 50, ""), (1, 5, "--log_prob_batch_size 128 --train_batch_size 128"),
+        (1, 5, "--channels_last True"), (1, 5, "--compile True"),
+    ]  # fmt: skip
     for text in (
-        "takes {} seconds at T = 5 and {} at T = 50 in one process".format(*of_one),
-        "{} and {} in two of one thread each".format(*of_two),
-        f"{larger} at T = 5 with batches of 128",
-        f"{measured['--channels_last True', 1, 5]} with `--channels_last` and {compiled[0]} with `--compile`",
+        "takes {} seconds at T = 5 and {} at T = 50 in one process".format(*measured[:2]),
+        "{} and {} in two of one thread each, {} at T = 5 with batches of 128".format(*measured[2:5]),
+        "{} with `--channels_last` and {} with `--compile`".format(*measured[5:]),
     ):
         assert text in " ".join(STABLE_DIFFUSION.split()), text
     seconds = result("times.json")["seconds"]
@@ -229,9 +228,10 @@ def test_the_papers_comparisons_are_the_committed_ones():
             for reward in ("toy-colourfulness", "toy-alignment")
         )
         assert f"| {model} | {trained} | {untrained} |" in section, model
-    for model, seeds in results["fig3"]["runs"].items():
-        end = over_seeds([sum(run["reward_mean"][-5:]) / 5 for run in seeds.values()])
-        assert f"| {model} | {end} |" in section, model
+    for target in ("fig3", "fig9", "d3po", "shared", "reference"):
+        for model, seeds in results[target]["runs"].items():
+            end = over_seeds([sum(run["reward_mean"][-5:]) / 5 for run in seeds.values()])
+            assert f"| {model} | {end} |" in section, model
     results_of_search = json.loads((folder / "learning-rates.json").read_text())["results"]
     for row in results_of_search:
         cells = [
@@ -246,12 +246,6 @@ def test_the_papers_comparisons_are_the_committed_ones():
             f"{row[v]:.4f} ± {row[e]:.4f}" for v, e in (("cosine", "standard_error"), ("above_prdp", "above_prdp_standard_error"))
         )
         assert f"| {name} | {cosine} | {above} |" in section, name
-    ends = {}
-    for target in ("fig9", "d3po", "shared", "reference"):
-        for name, seeds in results[target]["runs"].items():
-            ends[name] = over_seeds([sum(run["reward_mean"][-5:]) / 5 for run in seeds.values()])
-    for model, end in ends.items():
-        assert f"| {model} | {end} |" in section, model
     for model, seeds in results["kl"]["runs"].items():
         reached = [[reward_at(run, nats) for run in seeds.values()] for nats in (5, 10, 20, 40)]
         cells = [over_seeds(rewards) if None not in rewards else "" for rewards in reached]
