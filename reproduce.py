@@ -102,6 +102,12 @@ VARIANTS: dict[str, tuple[str, str, str]] = {  # name: method, scale and what is
     "beta 1e-3, every weight": ("prdp", "prediction", "--kl_weight 1e-3 --lora_rank 0 --learning_rate 2e-4"),
     "beta 1e-5, every weight": ("prdp", "prediction", "--kl_weight 1e-5 --lora_rank 0 --learning_rate 2e-4"),
     "colourfulness": ("prdp", "prediction", "--reward toy-colourfulness"),
+    "reference on one step": ("prdp", "prediction", "--reference_steps 1"),
+    "beta 1e-3, reference on one step": (
+        "prdp",
+        "prediction",
+        "--kl_weight 1e-3 --lora_rank 0 --learning_rate 2e-4 --reference_steps 1",
+    ),
     "DDPO colour": ("ddpo", "small", "--reward toy-colourfulness"),
 }
 

@@ -148,6 +148,7 @@ TARGETS = {
             "": [
                 "T = 5", "T = 10", "T = 20", "independent x_T", "K = 4, clipped", "four times the pictures", "every weight",
                 "beta 1e-3, every weight", "beta 1e-5, every weight", "colourfulness",
+                "reference on one step", "beta 1e-3, reference on one step",
             ]
         },
         draw_prediction, script="prediction",
