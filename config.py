@@ -35,7 +35,9 @@ DTYPES = {"no": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": tor
 
 
 @dataclass
-class Config:
+class Common:
+    """What train.py and lasro.py both read."""
+
     preset: str = setting("small-hpsv2", "Named settings to start from.")
     resume: str = setting("", "Run folder to continue, with its own settings; --epochs and the like may be raised.")
     output_dir: str = setting("", "Run folder; by default runs/PRESET.")
@@ -49,22 +51,58 @@ class Config:
     eval_prompts: str = setting("animals", "Prompts scored and drawn at fixed seeds every --eval_every epochs; empty for none.")
     reward: list[str] = setting(["hpsv2"], "Reward r: names or module:function, each with an optional =weight, summed.")
     reward_weights: list[str] = setting([], "NAME=PATH of reward models on this machine; the others come from the hub.")
-    method: Literal["prdp", "ddpo", "dpok", "d3po"] = setting("prdp", "The loss and the schedule of updates.")
-    offline: bool = setting(False, "Draw all trajectories from pi_ref instead of pi_old: the ablation of Sec. 4.3.")
     lora_rank: int = setting(0, "NOT IN PAPER: adapters of this rank on the attention layers; 0 trains every weight.")
-
-    # Algorithm 1
     epochs: int = setting(100, "E.")
-    updates_per_epoch: int = setting(10, "K, gradient updates on each epoch's trajectories. With 1 the clip cannot act.")
     prompts_per_epoch: int = setting(32, "N, over all processes.")
     images_per_prompt: int = setting(16, "B.")
+    seed: int = setting(0, "Of noise and prompt order.")
+
+    # Sampler
+    num_steps: int = setting(50, "T, denoising steps.")
+    guidance_scale: float = setting(5.0, "w of classifier-free guidance, in sampling and training; 1 for none.")
+    # Optimiser
+    learning_rate: float = setting(1e-5, "Of AdamW.")
+    weight_decay: float = setting(1e-4, "Of AdamW.")
+    max_grad_norm: float = setting(1.0, "The gradient's global norm is clipped to this.")
+
+    # How it is computed; none of this changes the result by more than rounding
+    sample_batch_size: BatchSize = setting(16, "Trajectories sampled, decoded and scored at a time, per process; or auto.")
+    train_batch_size: BatchSize = setting(8, "(trajectory, step) entries per backward pass, per process; or auto: what fits.")
+    autocast: Literal["no", "bf16"] = setting("no", "Precision of the UNet's passes; weights and log-probs stay fp32.")
+    reward_dtype: Literal["fp32", "bf16", "fp16"] = setting("fp32", "Precision of the reward models; scores stay fp32.")
+    tf32: bool = setting(False, "TF32 in fp32 matrix products and convolutions.")
+    deterministic: bool = setting(
+        False, "Deterministic CUDA kernels, slower: the same command twice, or resumed, gives the same on the same GPUs."
+    )
+    gradient_checkpointing: bool = setting(False, "Recompute activations in the backward pass: less memory, slower updates.")
+
+    # What is written
+    eval_every: int = setting(10, "Epochs between pictures and scores of --eval_prompts.")
+    save_every: int = setting(10, "Epochs between checkpoints.")
+    keep_every: int = setting(
+        0, "Of the checkpoints at multiples of this the weights stay, for evaluate.py --checkpoints; 0: none."
+    )
+    log_to: Literal["none", "tensorboard", "wandb"] = setting("none", "Where metrics go besides metrics.jsonl.")
+
+
+@dataclass
+class Config(Common):
+    """The settings of train.py."""
+
+    # The method
+    method: Literal["prdp", "ddpo", "dpok", "d3po"] = setting("prdp", "The loss and the schedule of updates.")
+    offline: bool = setting(False, "Draw all trajectories from pi_ref instead of pi_old: the ablation of Sec. 4.3.")
+
+    eta: float = setting(1.0, "Noise of a step relative to DDPM's (1, the paper). 0 has no log-prob and is refused.")
+
+    # Algorithm 1
+    updates_per_epoch: int = setting(10, "K, gradient updates on each epoch's trajectories. With 1 the clip cannot act.")
     kl_weight: float = setting(3e-5, "beta, in reward per unit of log-ratio (see the two reductions); dpok's and d3po's beta.")
     clip_range: float = setting(1e-6, "epsilon of the stepwise clip, in the unit of log-probs (Eq. 20), or of ratios around 1.")
     log_prob_reduction: Literal["mean", "sum"] = setting("mean", "Log-probs over latent dimensions: mean (paper) or sum (nats).")
     step_reduction: Literal["mean", "sum"] = setting("mean", "Log-ratios over steps: mean (Appendix G) or sum (Eq. 10).")
     reference_steps: int = setting(0, "NOT IN PAPER: ask pi_ref on so many random steps of a trajectory; 0 for all. prdp, K = 1.")
     shared_x_T: bool = setting(False, "The images of a prompt start from the same x_T. NOT IN PAPER: makes Eq. 9 exact.")
-    seed: int = setting(0, "Of noise and prompt order.")
 
     # Of one comparator only
     reward_statistics: Literal["prompt", "batch"] = setting("prompt", "ddpo: what normalises a reward.")
@@ -77,41 +115,14 @@ class Config:
     kl_form: Literal["eps_mse", "exact"] = setting("eps_mse", "dpok: the divergence of its released code, or the exact one.")
     critic: bool = setting(True, "dpok: subtract a learned value from the reward.")
 
-    # Sampler
-    num_steps: int = setting(50, "T, denoising steps.")
-    guidance_scale: float = setting(5.0, "w of classifier-free guidance, in sampling and training; 1 for none.")
-    eta: float = setting(1.0, "Noise of a step relative to DDPM's (1, the paper). 0 has no log-prob and is refused.")
-
-    # Optimiser
-    learning_rate: float = setting(1e-5, "Of AdamW.")
-    weight_decay: float = setting(1e-4, "Of AdamW.")
-    max_grad_norm: float = setting(1.0, "The gradient's global norm is clipped to this.")
-
-    # How it is computed; none of this changes the result by more than rounding, which every run measures at its start
-    sample_batch_size: BatchSize = setting(16, "Trajectories sampled, decoded and scored at a time, per process; or auto.")
+    # How it is computed
     log_prob_batch_size: BatchSize = setting(
         16, "(trajectory, step) entries of the table per forward pass, per process; or auto."
     )
-    train_batch_size: BatchSize = setting(8, "(trajectory, step) entries per backward pass, per process; or auto: what fits.")
-    autocast: Literal["no", "bf16"] = setting("no", "Precision of the UNet's passes; weights and log-probs stay fp32.")
-    reward_dtype: Literal["fp32", "bf16", "fp16"] = setting("fp32", "Precision of the reward models; scores stay fp32.")
-    tf32: bool = setting(False, "TF32 in fp32 matrix products and convolutions.")
-    deterministic: bool = setting(
-        False, "Deterministic CUDA kernels, slower: the same command twice, or resumed, gives the same on the same GPUs."
-    )
     compile: bool = setting(False, "torch.compile the UNet: minutes at the start, faster epochs.")
     channels_last: bool = setting(False, "Memory layout of the UNet; often faster with 16-bit autocast.")
-    gradient_checkpointing: bool = setting(False, "Recompute activations in the backward pass: less memory, slower updates.")
     latents_on_cpu: bool = setting(False, "Keep the epoch's trajectories in CPU memory.")
     reference_on_cpu: bool = setting(False, "Keep pi_ref in CPU memory while it is not used; needless with --lora_rank.")
-
-    # What is written
-    eval_every: int = setting(10, "Epochs between pictures and scores of --eval_prompts.")
-    save_every: int = setting(10, "Epochs between checkpoints.")
-    keep_every: int = setting(
-        0, "Of the checkpoints at multiples of this the weights stay, for evaluate.py --checkpoints; 0: none."
-    )
-    log_to: Literal["none", "tensorboard", "wandb"] = setting("none", "Where metrics go besides metrics.jsonl.")
 
 
 # Table 4, second column. K = 1, so the clip cannot act and the rounding of bf16 cannot pass for a log-ratio.
@@ -158,6 +169,54 @@ PRESETS: dict[str, dict] = {
         num_steps=5, guidance_scale=1.0, learning_rate=2e-4, sample_batch_size=64, log_prob_batch_size=64, train_batch_size=64,
         keep_every=20,
     ),
+}  # fmt: skip
+
+
+@dataclass
+class LasroConfig(Common):
+    """The settings of lasro.py. The paper's are not known: all numbers are ours, found on the miniature (OURS: lasro.py)."""
+
+    preset: str = setting("toy-turbo", "Named settings to start from.")
+    model: str = setting("toy-turbo", "Pipeline of few steps: 'toy-turbo', a folder, or a hub id; where the generator starts.")
+    num_steps: int = setting(2, "T, steps of the generator: 1, 2 or a few.")
+    guidance_scale: float = setting(1.0, "Of the generator; 1 for none, which is what most models of few steps are made for.")
+    sample_batch_size: int = setting(16, "Pictures sampled, decoded and scored at a time, per process.")
+    train_batch_size: int = setting(16, "Pictures per backward pass, per process.")
+    surrogate_learning_rate: float = setting(1e-4, "Of AdamW, for psi.")
+
+    # What the generator is held to
+    teacher: str = setting("toy", "Pipeline of many steps, from which the generator was distilled: 'toy', a folder, or a hub id.")
+    teacher_guidance: float = setting(2.0, "w of the teacher's guidance.")
+    teacher_steps: int = setting(10, "Steps of the pictures that it draws at the start.")
+    anchor_pictures: int = setting(1024, "So many; L_lcm is of them.")
+    target_decay: float = setting(0.95, "Per update, of the moving average that the generator is compared with in L_lcm.")
+
+    # The two losses
+    anchor_weight: float = setting(1.0, "c_0, of L_lcm; 0 leaves it out.")
+    step_weights: list[float] = setting([0.1, 0.1], "c_j, of the surrogate's reward after each of the T steps.")
+    normaliser_decay: float = setting(0.99, "Per update, of the moving averages that normalise the surrogate's reward.")
+
+    # The two stages
+    pretraining_epochs: int = setting(10, "Of --epochs the first so many, in which only the surrogate learns.")
+    pretraining_updates: int = setting(50, "Of the surrogate in each of them.")
+    surrogate_updates: int = setting(10, "Of the surrogate in each epoch thereafter; 0 freezes it.")
+    surrogate_batch: int = setting(8, "Prompts in one of them, over all processes, all images of each.")
+    replay_size: int = setting(512, "Prompts whose newest pictures are remembered.")
+    generator_updates: int = setting(5, "Of the generator in each epoch.")
+    generator_batch: int = setting(64, "Pictures in one of them, over all processes.")
+
+
+TURBO = dict(
+    prompts="hpdv2-train", eval_prompts="pickapic-test", reward=["hpsv2"], epochs=200, autocast="bf16", gradient_checkpointing=True,
+    sample_batch_size=8, train_batch_size=4, eval_every=20, save_every=20, teacher_steps=25, teacher_guidance=7.5,
+)  # fmt: skip
+LASRO_PRESETS: dict[str, dict] = {
+    "toy-turbo": dict(
+        prompts="toy-train", eval_prompts="toy-heldout", reward=["toy-alignment"], epochs=40, prompts_per_epoch=16,
+        images_per_prompt=8, learning_rate=1e-4, surrogate_learning_rate=1e-3, sample_batch_size=64, train_batch_size=64, keep_every=20,
+    ),
+    "sd-turbo": TURBO | dict(model="stabilityai/sd-turbo", teacher="stabilityai/stable-diffusion-2-1-base"),
+    "sdxl-turbo": TURBO | dict(model="stabilityai/sdxl-turbo", teacher="stabilityai/stable-diffusion-xl-base-1.0", lora_rank=64),
 }  # fmt: skip
 
 MAY_CHANGE_ON_RESUME = {
@@ -211,3 +270,47 @@ def check(config: Config, world_size: int) -> None:
             raise ValueError(f"{name} must be at least 0, not {getattr(config, name)}")
     if config.lora_rank and config.reference_on_cpu:
         raise ValueError("reference_on_cpu: with lora_rank there is no second UNet to keep anywhere")
+
+
+def check_lasro(config: LasroConfig, world_size: int) -> None:
+    """ValueError naming the setting if the numbers cannot work together."""
+    counts = (
+        "epochs",
+        "prompts_per_epoch",
+        "num_steps",
+        "sample_batch_size",
+        "train_batch_size",
+        "teacher_steps",
+        "anchor_pictures",
+    )
+    for name in (*counts, "surrogate_batch", "generator_batch", "eval_every", "save_every", "pretraining_updates"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
+    for name in ("learning_rate", "surrogate_learning_rate", "max_grad_norm"):
+        if not 0 < getattr(config, name) < float("inf"):
+            raise ValueError(f"{name} must be a positive number, not {getattr(config, name)}")
+    for name in ("target_decay", "normaliser_decay"):
+        if not 0 <= getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(config, name)}")
+    for name in (
+        "pretraining_epochs",
+        "surrogate_updates",
+        "generator_updates",
+        "anchor_weight",
+        "lora_rank",
+        "keep_every",
+        "seed",
+    ):
+        if getattr(config, name) < 0:
+            raise ValueError(f"{name} must be at least 0, not {getattr(config, name)}")
+    if len(config.step_weights) != config.num_steps:
+        raise ValueError(f"step_weights must be one for each of num_steps={config.num_steps}, not {len(config.step_weights)}")
+    if config.images_per_prompt < 2:
+        raise ValueError(f"images_per_prompt must be at least 2, not {config.images_per_prompt}: the surrogate learns from pairs")
+    if config.replay_size < config.prompts_per_epoch:
+        raise ValueError(f"replay_size must be at least prompts_per_epoch={config.prompts_per_epoch}, not {config.replay_size}")
+    for name in ("surrogate_batch", "generator_batch"):
+        if getattr(config, name) < world_size:
+            raise ValueError(
+                f"{name}={getattr(config, name)} is fewer than the {world_size} processes, each of which has a share"
+            )

@@ -49,10 +49,13 @@ class Schedule:
     eta: float = 1.0  # noise of a step relative to DDPM's
     prediction_type: str = "epsilon"  # what the network puts out: epsilon or v_prediction
     x_0_limit: float = math.inf  # predicted x_0 are clipped to this
+    consistency: bool = False  # a step goes to x_0 and draws all noise anew, as consistency models are sampled; eta is not read
 
     @cached_property
     def sigma(self) -> Tensor:
-        """Standard deviation of every step, eta s' sqrt(1 - (alpha s' / alpha' s)^2), (T,)  (Eq. 16 of DDIM)."""
+        """Standard deviation of every step, eta s' sqrt(1 - (alpha s' / alpha' s)^2), (T,)  (Eq. 16 of DDIM); or s' whole."""
+        if self.consistency:
+            return self.s[1:]
         left = (self.alpha[:-1] * self.s[1:] / (self.alpha[1:] * self.s[:-1])) ** 2
         return self.eta * self.s[1:] * (1 - left).clamp(min=0).sqrt()
 
@@ -175,7 +178,7 @@ def sample_trajectories(
             if i in noisy:
                 log_prob.append(gaussian_log_prob(x[-1], mu, sigma, policy.log_prob_reduction))
         latents.append(torch.stack(x, 1).to(keep_on or policy.device))
-        log_probs.append(torch.stack(log_prob, 1).cpu())
+        log_probs.append(torch.stack(log_prob, 1).cpu() if log_prob else torch.empty(len(batch), 0))
     return Trajectories(cond, torch.cat(latents), torch.cat(log_probs))
 
 

@@ -17,13 +17,13 @@ from diffusers import DiffusionPipeline
 import comparators
 from comparators import Comparator
 from comparators.epoch import Epoch, Update
-from config import DTYPES, PRESETS, Config, check
+from config import DTYPES, PRESETS, Common, Config, check
 from plumbing import processes
 from plumbing.batches import fit_batches
 from plumbing.describe import describe
 from plumbing.errors import one_line_errors
 from plumbing.flags import parse
-from plumbing.pipeline import count_truncated, ddim_scheduler, encode_prompts, load_pipeline, pipeline_policy, pooled, score
+from plumbing.pipeline import count_truncated, encode_prompts, load_pipeline, pipeline_policy, pooled, scheduler_at, score
 from plumbing.processes import WORLD_SIZE, Share, all_or_none, all_sum_gradients, say
 from plumbing.prompts import draw_prompts, load_prompts
 from plumbing.run import Run
@@ -97,10 +97,13 @@ def train(config: Config, run: Run, pipe, policy: Policy, reference: Reference, 
 # fmt: on
 
 
-def load(config: Config, device: torch.device) -> tuple[list[str], list[str], Reward, DiffusionPipeline]:
+def load(
+    config: Common, device: torch.device, presets: dict[str, dict]
+) -> tuple[list[str], list[str], Reward, DiffusionPipeline]:
     """Prompts, evaluation prompts, reward and pipeline; ValueError saying what is missing and what would need no download."""
+    usual, laptop = type(config)(**presets[config.preset]).model, next(name for name in presets if name.startswith("toy"))
     try:
-        if device.type == "cpu" and config.model == Config(**PRESETS[config.preset]).model != "toy":
+        if device.type == "cpu" and config.model == usual and config.preset != laptop:
             needed = "for which a CUDA GPU is missing (one for every process)"
             raise ValueError(f"preset {config.preset} finetunes {config.model}, {needed}")
         prompts = load_prompts(config.prompts, config.prompts_dir)
@@ -108,20 +111,22 @@ def load(config: Config, device: torch.device) -> tuple[list[str], list[str], Re
         reward = load_rewards(config.reward, config.reward_weights, device, DTYPES[config.reward_dtype])
         return prompts, eval_prompts, reward, load_pipeline(config.model, device)
     except ValueError as error:
-        if config.preset == "toy":
+        if config.preset == laptop:
             raise
-        raise ValueError(f"{error} -- `--preset toy` needs no GPU and no download") from error
+        raise ValueError(f"{error} -- `--preset {laptop}` needs no GPU and no download") from error
 
 
 def main(argv: list[str]) -> None:
     with one_line_errors(ValueError, OSError):
         config = parse(argv)
         check(config, WORLD_SIZE)
-        prompts, eval_prompts, reward, pipe = load(config, processes.start(config.tf32, config.deterministic))
+        prompts, eval_prompts, reward, pipe = load(config, processes.start(config.tf32, config.deterministic), PRESETS)
         policy = pipeline_policy(
             pipe, config.num_steps, guidance_scale=config.guidance_scale, eta=config.eta,
             log_prob_reduction=config.log_prob_reduction, autocast=config.autocast,
         )  # fmt: skip
+        if not policy.schedule.noisy.numel():
+            raise ValueError(f"num_steps={config.num_steps}: no step of this model has noise, so there is no log-prob to train")
         reference = make_trainable(pipe, config)  # Algorithm 1, step 1: theta <- ref
         trained = trained_parameters(pipe)
         optimizer = torch.optim.AdamW(trained.values(), config.learning_rate, weight_decay=config.weight_decay, fused=True)
@@ -135,7 +140,7 @@ def main(argv: list[str]) -> None:
     with one_line_errors(OSError, ValueError, RewardError, FloatingPointError):
         with run.saved_when_stopped():
             train(config, run, pipe, policy, reference, optimizer, prompts, reward, comparator)
-        scheduler = ddim_scheduler(pipe.scheduler.config, config.num_steps)
+        scheduler = scheduler_at(pipe.scheduler, config.num_steps)
         processes.all_wait_for_first(lambda: save_result(pipe, scheduler, run.folder))
     say(f"the finetuned pipeline is in {run.folder / 'pipeline'}, the curve in {run.folder / 'reward.png'}")
     processes.stop()

@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from config import DTYPES, Config
 from plumbing.errors import last_words, one_line_errors
 from plumbing.flags import parse
-from plumbing.pipeline import ddim_schedule, ddim_scheduler, encode_prompts, load_pipeline, pipeline_policy
+from plumbing.pipeline import encode_prompts, load_pipeline, noise_schedule, pipeline_policy, scheduler_at
 from plumbing.provenance import provenance
 from plumbing.run import read_metrics
 
@@ -78,7 +78,7 @@ def passes(config: Config, S: int) -> dict[str, int]:
 
 def noisy_steps(config: Config, scheduler) -> int:
     """S of a scheduler's schedule."""
-    return len(ddim_schedule(ddim_scheduler(scheduler.config, config.num_steps), config.eta).noisy)
+    return len(noise_schedule(scheduler_at(scheduler, config.num_steps), config.eta).noisy)
 
 
 def measure(processes: int, num_steps: int, flags: list[str], pipe, flops: int, most: float) -> dict:

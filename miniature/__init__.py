@@ -1,5 +1,7 @@
-"""The embedded world, a grammar of captioned pictures with two rewards, and the small Stable Diffusion made from it."""
+"""The embedded world, a grammar of captioned pictures with two rewards, and the small Stable Diffusions made from it."""
 
 from pathlib import Path
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"  # the pipeline, with its card
+TURBO = WEIGHTS.with_name("turbo")  # the same distilled to one and two steps, with its own
+PIPELINES = {"toy": WEIGHTS, "toy-turbo": TURBO}

@@ -97,9 +97,12 @@ class Captions:
         self.rng = random.Random(seed)
         self.pools = (world.scenes(False, held=False), world.scenes(True, held=False))
 
+    def prompt(self) -> str:
+        return self.rng.choice(self.rng.choice(self.pools))
+
     def batch(self) -> tuple[list[str], Tensor]:
         """BATCH prompts and their pictures (BATCH, 3, 32, 32), in [-1, 1] as autoencoders want them."""
-        prompts = [self.rng.choice(self.rng.choice(self.pools)) for _ in range(BATCH)]
+        prompts = [self.prompt() for _ in range(BATCH)]
         return prompts, world.draw(prompts, self.rng) * 2 - 1
 
 

@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor
 
-from config import Config
+from config import Config, LasroConfig
 from plumbing.processes import WORLD_SIZE
 from sampler import Policy, Trajectories, log_prob_table
 
@@ -30,11 +30,32 @@ def describe(config: Config, policy: Policy, prompts: list[str], truncated: int,
         f"clip_range {config.clip_range:g} is {config.clip_range * policy.in_nats:.3g} nats a step"
         + ("; with one update per epoch the clip cannot act" if k == 1 and config.method != "d3po" else ""),
     ]
-    if truncated:
-        lines.append(
-            f"{truncated} of {len(prompts)} prompts are longer than the text encoder reads; it sees their beginning only"
-        )
-    return "\n".join(lines)
+    return "\n".join([*lines, *cut_off(len(prompts), truncated)])
+
+
+def describe_lasro(
+    config: LasroConfig, prompts: list[str], truncated: int, trained: dict[str, torch.nn.Parameter], surrogate: torch.nn.Module
+) -> str:
+    """The arithmetic of both stages, for people to check."""
+    n, b, t, first = config.prompts_per_epoch, config.images_per_prompt, config.num_steps, config.pretraining_epochs
+    sizes = [sum(parameter.numel() for parameter in some) for some in (trained.values(), surrogate.parameters())]
+    rest = max(0, config.epochs - first)
+    lines = [
+        f"{n} of {len(prompts)} prompts x {b} images x {t} steps = {n * b * t} pictures an epoch, each a reward query; "
+        f"{n * t} x {b * (b - 1) // 2} = {n * t * b * (b - 1) // 2} pairs",
+        f"{min(first, config.epochs)} epochs x {config.pretraining_updates} and {rest} x {config.surrogate_updates} updates "
+        f"of the surrogate, of {sizes[1]:,} parameters, {config.surrogate_batch} prompts in each",
+        f"{rest} epochs x {config.generator_updates} updates of the generator, of {sizes[0]:,} parameters, "
+        f"{config.generator_batch} pictures in each",
+        f"{config.epochs * n * b * t} reward queries",
+    ]
+    return "\n".join([*lines, *cut_off(len(prompts), truncated)])
+
+
+def cut_off(number: int, truncated: int) -> list[str]:
+    if not truncated:
+        return []
+    return [f"{truncated} of {number} prompts are longer than the text encoder reads; it sees their beginning only"]
 
 
 def rounding(policy: Policy, trajectories: Trajectories, batch_size: int) -> Tensor:

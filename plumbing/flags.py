@@ -27,44 +27,47 @@ class Parser(HfArgumentParser):
         return config
 
 
-def parse(argv: list[str]) -> Config:
-    """Config from the command line: defaults, then the preset's or the resumed run's settings, then the flags given.
+def parse(
+    argv: list[str], kind: type = Config, presets: dict[str, dict] = PRESETS, prog: str = "train.py",
+    description: str = "Finetuning by PRDP, DDPO, DPOK or D3PO.",
+):  # fmt: skip
+    """A `kind` from the command line: defaults, then the preset's or the resumed run's settings, then the flags given.
 
     ValueError for an unknown preset or flag, a value of the wrong kind, or a resumed setting that may not change or is no more.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--preset", default=Config.preset)
+    first.add_argument("--preset", default=kind.preset)
     first.add_argument("--resume", default="")
     try:
         given, _ = first.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise ValueError(str(error)) from error
-    parser = Parser(Config, prog="train.py", description="Finetuning by PRDP, DDPO, DPOK or D3PO.", allow_abbrev=False)
+    parser = Parser(kind, prog=prog, description=description, allow_abbrev=False)
     if given.resume:
         saved = checkpoint.read_state(Path(given.resume))["config"]
-        check_known(given.resume, saved)
+        check_known(given.resume, saved, kind, prog)
         parser.set_defaults(**saved | {"resume": given.resume, "output_dir": given.resume})
-    elif given.preset in PRESETS:
-        parser.set_defaults(preset=given.preset, output_dir=f"runs/{given.preset}", **PRESETS[given.preset])
+    elif given.preset in presets:
+        parser.set_defaults(preset=given.preset, output_dir=f"runs/{given.preset}", **presets[given.preset])
     else:
-        raise ValueError(f"unknown preset {given.preset!r}: use {', '.join(PRESETS)}")
+        raise ValueError(f"unknown preset {given.preset!r}: use {', '.join(presets)}")
     config = parser.parse_strictly(argv)
     if given.resume:
         now = dataclasses.asdict(config)
-        before = dataclasses.asdict(Config()) | saved  # what it did not know yet was as it is by default
+        before = dataclasses.asdict(kind()) | saved  # what it did not know yet was as it is by default
         changed = [k for k in now if now[k] != before[k] and k not in MAY_CHANGE_ON_RESUME]
         if changed:
             k = changed[0]
             raise ValueError(f"cannot resume {given.resume} with {k}={now[k]}: it ran with {before[k]}; allowed to change: "
-                             f"{', '.join(sorted(MAY_CHANGE_ON_RESUME - {'resume', 'output_dir'}))}")  # fmt: skip
+                             f"{', '.join(sorted(MAY_CHANGE_ON_RESUME & now.keys() - {'resume', 'output_dir'}))}")  # fmt: skip
     return config
 
 
-def check_known(run: str, saved: dict) -> None:
-    """ValueError if a run was begun with a setting, or a value of one, that this version no longer has."""
-    kinds = {field.name: field.type for field in dataclasses.fields(Config)}
+def check_known(run: str, saved: dict, kind: type, prog: str) -> None:
+    """ValueError if a run was begun with a setting, or a value of one, that this version no longer has, or another script's."""
+    kinds = {field.name: field.type for field in dataclasses.fields(kind)}
     for name, value in saved.items():
         allowed = get_args(kinds[name]) if get_origin(kinds.get(name)) is Literal else None
         if name not in kinds or (allowed and value not in allowed):
-            now = f"now it is {' or '.join(allowed)}" if allowed else "this version has no such setting"
+            now = f"now it is {' or '.join(allowed)}" if allowed else f"this version of {prog} has no such setting"
             raise ValueError(f"cannot resume {run}: it was begun with {name}={value}; {now}")

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler, UNet2DConditionModel
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
@@ -81,35 +82,51 @@ def ddim_scheduler(config: Mapping, num_steps: int) -> DDIMScheduler:
     return scheduler
 
 
-def ddim_schedule(scheduler: DDIMScheduler, eta: float) -> Schedule:
-    """The levels of a DDIMScheduler's steps, each ending where the next begins; ValueError for what has no log-prob.
+def lcm_scheduler(config: Mapping, num_steps: int) -> LCMScheduler:
+    """The scheduler of a latent consistency model at T = num_steps, of the steps it was distilled on; ValueError for others."""
+    scheduler = LCMScheduler.from_config(config)
+    limit = scheduler.config.original_inference_steps
+    if not 1 <= num_steps <= limit:
+        raise ValueError(f"num_steps must be between 1 and {limit} for this consistency model, not {num_steps}")
+    scheduler.set_timesteps(num_steps)
+    return scheduler
 
-    Where T does not divide the number of training steps diffusers itself ends a step at t - 1000 // T, another level.
+
+def scheduler_at(scheduler: SchedulerMixin, num_steps: int) -> DDIMScheduler | LCMScheduler:
+    """What draws a pipeline's pictures in T = num_steps: LCM for a consistency model, which comes with that, otherwise DDIM."""
+    return (lcm_scheduler if isinstance(scheduler, LCMScheduler) else ddim_scheduler)(scheduler.config, num_steps)
+
+
+def noise_schedule(scheduler: DDIMScheduler | LCMScheduler, eta: float) -> Schedule:
+    """The levels of a scheduler's steps, each ending where the next begins; ValueError for noise that it has not.
+
+    Where T does not divide the number of training steps DDIMScheduler itself ends a step at t - 1000 // T, another level.
+    LCMScheduler's c_skip and c_out are 0 and 1 to five digits at all its timesteps, and are left out.
     """
+    consistency = isinstance(scheduler, LCMScheduler)
+    if consistency and eta != 1:
+        raise ValueError(f"eta must be 1 for a consistency model, whose steps draw all noise anew, not {eta}")
     if eta <= 0:
         raise ValueError(f"eta must be > 0, not {eta}: a deterministic step has no log-prob (eta=1 is the paper's DDPM)")
-    alpha_bar = torch.cat([scheduler.alphas_cumprod[scheduler.timesteps], scheduler.final_alpha_cumprod.view(1)]).double()
+    last = torch.ones(1) if consistency else scheduler.final_alpha_cumprod.view(1)
+    alpha_bar = torch.cat([scheduler.alphas_cumprod[scheduler.timesteps], last]).double()
     schedule = Schedule(
         scheduler.timesteps, alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), eta, scheduler.config.prediction_type,
-        scheduler.config.clip_sample_range if scheduler.config.clip_sample else math.inf,
+        scheduler.config.clip_sample_range if scheduler.config.clip_sample else math.inf, consistency,
     )  # fmt: skip
     if (schedule.sigma > schedule.s[1:] * (1 + 1e-9)).any():
         most = (schedule.s[1:] / schedule.sigma)[schedule.noisy].min().item() * eta
         raise ValueError(f"eta={eta} asks for more noise than a step of this schedule leaves: use at most {most:.3g}")
-    if not schedule.noisy.numel():
-        raise ValueError(
-            f"num_steps={len(scheduler.timesteps)}: no step of this scheduler has noise, so there is no log-prob to train"
-        )
     return schedule
 
 
 def unet_policy(
-    unet: UNet2DConditionModel, uncond: Embeddings, scheduler: DDIMScheduler, *,
+    unet: UNet2DConditionModel, uncond: Embeddings, scheduler: DDIMScheduler | LCMScheduler, *,
     guidance_scale: float, eta: float, log_prob_reduction: str = "mean", autocast: str = "no",
 ) -> Policy:  # fmt: skip
     """The policy of a UNet on a schedule of T steps."""
     return Policy(
-        GuidedUNet(unet, uncond, guidance_scale, DTYPES[autocast]), ddim_schedule(scheduler, eta).to(unet.device),
+        GuidedUNet(unet, uncond, guidance_scale, DTYPES[autocast]), noise_schedule(scheduler, eta).to(unet.device),
         (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size), unet.device,
         torch.promote_types(unet.dtype, torch.float32), log_prob_reduction,
     )  # fmt: skip
@@ -117,13 +134,12 @@ def unet_policy(
 
 def pipeline_policy(pipe: DiffusionPipeline, num_steps: int, **settings) -> Policy:
     """The policy of a pipeline with its own schedule at T = num_steps; settings: those of unet_policy."""
-    return unet_policy(pipe.unet, encode_prompts(pipe, None), ddim_scheduler(pipe.scheduler.config, num_steps), **settings)
+    return unet_policy(pipe.unet, encode_prompts(pipe, None), scheduler_at(pipe.scheduler, num_steps), **settings)
 
 
 def load_pipeline(name: str, device: torch.device) -> DiffusionPipeline:
-    """The frozen fp32 pipeline 'toy', of a folder, or of a hub id, without its safety checker; ValueError if there is none."""
-    if name == "toy":
-        name = str(miniature.WEIGHTS)
+    """The frozen fp32 pipeline 'toy' or 'toy-turbo', of a folder, or of a hub id, without its safety checker; ValueError if there is none."""
+    name = str(miniature.PIPELINES.get(name, name))
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
@@ -131,7 +147,8 @@ def load_pipeline(name: str, device: torch.device) -> DiffusionPipeline:
     local = Path(name).is_dir()
     if not local and (name.count("/") != 1 or name.startswith((".", "/"))):
         raise ValueError(
-            f"no model {name!r}: use toy, the folder of a diffusers pipeline, or a hub id (CompVis/stable-diffusion-v1-4)"
+            f"no model {name!r}: use {', '.join(miniature.PIPELINES)}, the folder of a diffusers pipeline, or a hub id "
+            "(CompVis/stable-diffusion-v1-4)"
         )
     try:
         with warnings.catch_warnings():
@@ -151,7 +168,7 @@ def load_pipeline(name: str, device: torch.device) -> DiffusionPipeline:
         return pipe.to(device)
 
 
-def save_pipeline(pipe: DiffusionPipeline, scheduler: DDIMScheduler, folder: Path) -> None:
+def save_pipeline(pipe: DiffusionPipeline, scheduler: DDIMScheduler | LCMScheduler, folder: Path) -> None:
     """Saves the UNet and this schedule beside copies of the other parts' files; an older result is replaced when it is whole.
 
     What was not trained arrives as it was loaded: a library that saves it anew may write what other versions cannot read.

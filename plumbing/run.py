@@ -33,15 +33,16 @@ from sampler import EVALUATION, Policy, Trajectories
 class Run:
     """The epochs of a run and all that is kept of them. Every process has one; the first writes.
 
-    optimizer: of the trained parameters, which are given by name; remembers: what else checkpoints keep (comparators).
+    optimizer: of the trained parameters, which are given by name; remembers: what else checkpoints keep (comparators); also: by
+    the name that it has in the record, how else the evaluation prompts are drawn and scored.
     """
 
     def __init__(
         self, config: Config, pipe, policy: Policy, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer,
-        remembers: dict, eval_prompts: list[str], reward: Reward,
+        remembers: dict, eval_prompts: list[str], reward: Reward, also: dict[str, Policy] | None = None,
     ):  # fmt: skip
         self.config, self.pipe, self.policy, self.eval_prompts, self.reward = config, pipe, policy, eval_prompts, reward
-        self.parameters, self.optimizer, self.remembers = parameters, optimizer, remembers
+        self.parameters, self.optimizer, self.remembers, self.also = parameters, optimizer, remembers, also or {}
         self.trained = list(parameters.values())
         self.folder, self.completed = Path(config.output_dir), 0
         self.whole, self.in_updates = True, False  # whole: weights, optimiser and memory are those of the completed epochs
@@ -73,7 +74,7 @@ class Run:
         if self.completed:
             self.metrics = [line for line in read_metrics(self.folder) if line["epoch"] <= self.completed]
         else:
-            self.metrics = [{"epoch": 0, "eval_reward": self.all_evaluate()}]
+            self.metrics = [{"epoch": 0} | self.all_evaluate()]
             self.log(self.metrics[0])
         self.write_metrics()
         every = range(self.completed, self.config.epochs)
@@ -82,31 +83,33 @@ class Run:
             yield epoch
 
     @contextmanager
-    def updating(self, mine: Trajectories) -> Iterator[None]:
+    def updating(self, mine: Trajectories | None = None) -> Iterator[None]:
         """Around the updates of an epoch: Ctrl-C waits for their end, and what they have begun to change is not saved.
 
-        Before the first of all rounding is measured, on four of this process's trajectories.
+        Before the first of all rounding is measured, on four of this process's trajectories, if there are any.
         """
-        if self.completed == 0:
+        if self.completed == 0 and mine is not None:
             self.measure_rounding(mine)
         # Methods with a memory change it from the beginning; weights change after check().
         self.whole, self.in_updates = not self.remembers, True
         with processes.uninterrupted():
-            yield  # all_record() ends it
+            yield  # all_finish() ends it
 
     def check(self, k: int, loss: Tensor, grad_norm: Tensor, recomputed: Tensor, mine: Trajectories) -> None:
-        """FloatingPointError if update k, which is made next, is not finite, in every process alike.
-
-        At the first one theta is still theta_old: the log-probs (M, S) recomputed on the way, NaN where they were not, should be
-        those of sampling; the largest difference goes into the record.
+        """check_finite() of update k. At the first one theta is still theta_old: the log-probs (M, S) recomputed on the way, NaN
+        where they were not, should be those of sampling; the largest difference goes into the record.
         """
+        self.check_finite(loss, grad_norm)
+        if k == 0:
+            self.drift = (recomputed - mine.log_probs).abs().nan_to_num().max()
+
+    def check_finite(self, loss: Tensor, grad_norm: Tensor) -> None:
+        """FloatingPointError if the update that is made next is not finite, in every process alike."""
         if not (loss.isfinite() and grad_norm.isfinite()):
             error = FloatingPointError(f"loss {loss.item()}, gradient norm {grad_norm.item()} in epoch {self.completed + 1}")
             error.shared, error.told = True, RANK > 0
             raise error
         self.whole = False
-        if k == 0:
-            self.drift = (recomputed - mine.log_probs).abs().nan_to_num().max()
 
     def all_record(
         self, rewards: Tensor, loss: Tensor, grad_norm: Tensor,
@@ -124,8 +127,7 @@ class Run:
             correlation, slope = prediction_quality(rhat, rewards, config.kl_weight)
         kl_nats, kl_nats_error = mean_and_error(kl_samples((log_probs_old - log_probs_ref) * self.policy.in_nats))
         beyond = (log_probs.detach() - log_probs_old)[entries].abs() > config.clip_range
-        line = {
-            "epoch": self.completed + 1,
+        self.all_finish({
             "reward_mean": rewards.mean().item(),
             "reward_std": rewards.std().item(),
             "loss": loss.item(),
@@ -137,17 +139,22 @@ class Run:
             "log_prob_drift": None if config.offline else all_gather(lambda: self.drift.view(1)).max().item(),
             "rounding": self.rounding,
             "grad_norm": grad_norm.item(),
-            "peak_memory_gib": processes.peak_memory_gib(),
             "images_per_second": rewards.numel() / sum(self.lap.seconds.values()),
-            "eval_reward": None,
-            "seconds": self.lap.seconds,
-        }
+        })  # fmt: skip
+
+    def all_finish(self, found: dict) -> None:
+        """The epoch ends with this in the record, an evaluation and a checkpoint where they are due."""
+        config = self.config
+        line = {"epoch": self.completed + 1} | found | {
+            "peak_memory_gib": processes.peak_memory_gib(), "eval_reward": None, "seconds": self.lap.seconds
+        }  # fmt: skip
+        line |= dict.fromkeys(self.also)
         self.metrics.append(line)
         self.completed, self.whole, self.in_updates = self.completed + 1, True, False
         self.write_metrics()
         last = self.completed == config.epochs
         if self.completed % config.eval_every == 0 or last:
-            line["eval_reward"] = self.all_evaluate()
+            line |= self.all_evaluate()
             self.lap("evaluate")
             self.write_metrics()
             if RANK == 0:
@@ -163,11 +170,15 @@ class Run:
             unfinished.write_text("".join(json.dumps(line) + "\n" for line in self.metrics))
             unfinished.replace(self.folder / "metrics.jsonl")
 
-    def all_evaluate(self) -> float | None:
-        """Mean reward of the evaluation prompts at fixed seeds; the first pictures of them go to samples/."""
+    def all_evaluate(self) -> dict[str, float | None]:
+        """Mean reward of the evaluation prompts at fixed seeds, for the record; the first pictures of them go to samples/."""
+        policies = {"eval_reward": self.policy} | self.also
+        if not self.eval_prompts:
+            return dict.fromkeys(policies)
+        return {name: self.all_score(policy, pictures=policy is self.policy) for name, policy in policies.items()}
+
+    def all_score(self, policy: Policy, pictures: bool) -> float:
         config, prompts, shown = self.config, self.eval_prompts, []
-        if not prompts:
-            return None
         share = range(len(prompts))[RANK::WORLD_SIZE]  # none, where there are fewer prompts than processes
 
         def scores() -> Tensor:
@@ -175,15 +186,15 @@ class Run:
             for start in range(0, len(share), config.sample_batch_size):
                 batch = share[start : start + config.sample_batch_size]
                 batch_prompts, names = [prompts[i] for i in batch], [(config.seed, EVALUATION, i, 0) for i in batch]
-                images = sample_images(self.policy, self.pipe, batch_prompts, names, len(batch))
+                images = sample_images(policy, self.pipe, batch_prompts, names, len(batch))
                 parts.append(self.reward(images, batch_prompts))
                 shown.extend((i, image) for i, image in zip(batch, images, strict=True) if i < 12)
             return torch.cat(parts)
 
         rewards = all_gather(scores)
-        pictures = dict(picture for some in processes.all_succeed(lambda: shown) for picture in some)
-        if RANK == 0:
-            first = torch.stack([pictures[i] for i in sorted(pictures)])
+        drawn = dict(picture for some in processes.all_succeed(lambda: shown) for picture in some)
+        if pictures and RANK == 0:
+            first = torch.stack([drawn[i] for i in sorted(drawn)])
             file = self.folder / "samples" / f"epoch_{self.completed:06d}.png"
             plots.grid({f"epoch {self.completed}": first}, prompts[: len(first)], file)
         return rewards.mean().item()

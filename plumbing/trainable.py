@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor
@@ -85,7 +85,7 @@ def trained_parameters(pipe: DiffusionPipeline) -> dict[str, torch.nn.Parameter]
     return {name: parameter for name, parameter in pipe.unet.named_parameters() if parameter.requires_grad}
 
 
-def save_result(pipe: DiffusionPipeline, scheduler: DDIMScheduler, run: Path) -> None:
+def save_result(pipe: DiffusionPipeline, scheduler: DDIMScheduler | LCMScheduler, run: Path) -> None:
     """run/pipeline for plain from_pretrained, adapters merged in; of adapters also run/lora for load_lora_weights."""
     if getattr(pipe.unet, "peft_config", None):
         pipe.save_lora_weights(run / "lora", unet_lora_layers=get_peft_model_state_dict(pipe.unet))

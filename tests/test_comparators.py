@@ -11,7 +11,7 @@ from torch.distributions import Normal, kl_divergence
 from comparators.d3po import d3po_loss, preferences
 from comparators.ddpo import PromptStatistics, batch_advantages, importance_sampling_loss, score_function_loss
 from comparators.dpok import Critic, dpok_loss, gaussian_kl
-from plumbing.pipeline import ddim_schedule, ddim_scheduler
+from plumbing.pipeline import ddim_scheduler, noise_schedule
 from sampler import REDUCTIONS, gaussian, gaussian_log_prob
 
 
@@ -129,7 +129,7 @@ def test_ddpo_batch_statistics():
 
 def test_dpok_kl_is_torchs_and_the_noise_form():
     scheduler = ddim_scheduler(SD_V1_4_SCHEDULER, 50)
-    schedule = ddim_schedule(scheduler, 1.0)
+    schedule = noise_schedule(scheduler, 1.0)
     x_t, noise, noise_ref = table(2, 4, 8, 8), table(2, 4, 8, 8, seed=1), table(2, 4, 8, 8, seed=2)
     for i in (0, 20, 48):
         t, step = scheduler.timesteps[i], torch.tensor([i, i])

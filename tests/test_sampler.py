@@ -11,7 +11,7 @@ from torch.distributions import Normal
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from miniature import build
-from plumbing.pipeline import ddim_schedule, ddim_scheduler, decode_latents, encode_prompts, sample_images
+from plumbing.pipeline import ddim_scheduler, decode_latents, encode_prompts, noise_schedule, sample_images
 from rdp_loss import prdp_loss
 from sampler import (
     Trajectories,
@@ -33,7 +33,7 @@ SCHEDULES = [
 
 
 def schedule_of(config, num_steps, eta=1.0):
-    return ddim_schedule(ddim_scheduler(config, num_steps), eta)
+    return noise_schedule(ddim_scheduler(config, num_steps), eta)
 
 
 def trajectories(policy, pipe, images=3, batch_size=4, shared_x_T=False, prompts=PROMPTS, epoch=0) -> Trajectories:
@@ -69,7 +69,7 @@ def test_every_step_ends_at_the_noise_level_of_the_next(config, num_steps):
     scheduler, m = ddim_scheduler(config | dict(clip_sample=False), num_steps), 0.7
     levels = [*scheduler.alphas_cumprod[scheduler.timesteps].double().tolist(), scheduler.final_alpha_cumprod.item()]
     for eta in (0.3, 1.0):
-        schedule = ddim_schedule(scheduler, eta)
+        schedule = noise_schedule(scheduler, eta)
         for i, (now, then) in enumerate(itertools.pairwise(levels)):
             e = torch.tensor([-1.0, 0.0, 2.0], dtype=torch.float64).view(3, 1, 1, 1)
             output = math.sqrt(now) * e - math.sqrt(1 - now) * m if config["prediction_type"] == "v_prediction" else e

@@ -1,0 +1,85 @@
+"""The miniature distilled to one and two steps, by latent consistency (arXiv 2310.04378): what lasro.py finetunes.
+
+    python -m miniature.distil FOLDER     # makes it again, in about an hour of one core
+
+The student begins as the miniature's UNet and learns on the teacher's own pictures, under guidance of GUIDANCE, which it thereafter
+needs no second call for. All else, text encoder and autoencoder, is the miniature's. The result lies in turbo/, with its card.
+"""
+
+import argparse
+import copy
+import json
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lasro import consistency_loss
+from miniature import build
+from plumbing.anchor import consistency_scheduler, solver_policies, teachers_pictures
+from plumbing.pipeline import encode_prompts, load_pipeline, save_pipeline
+
+STEPS, PEAK_LR = 6000, 1e-3
+GUIDANCE = 2.0
+PICTURES, PICTURE_STEPS = 8192, 10  # of the teacher's own, to learn on
+TARGET_DECAY = 0.95  # per step, of the average that the student is compared with
+
+
+def train_student(pipe: StableDiffusionPipeline, student, steps: int, pictures: int, folder: Path) -> float:
+    """Distils the teacher, pipe.unet, into `student`, which begins as its copy -> seconds."""
+    target, captions, file = copy.deepcopy(student).requires_grad_(False), build.Captions(0), folder / "pictures.pt"
+    prompts = [captions.prompt() for _ in range(pictures)]
+    if not file.exists():
+        torch.save(teachers_pictures(pipe, pipe, prompts, PICTURE_STEPS, GUIDANCE, 128, seed=0), file)
+    x_0, cond = torch.load(file), encode_prompts(pipe, prompts)
+    distilled = copy.copy(pipe)
+    distilled.unet = student
+    policies = solver_policies(distilled, target, pipe, GUIDANCE)
+
+    def loss_of_batch(step: int) -> Tensor:
+        with torch.no_grad():
+            for average, weight in zip(target.parameters(), student.parameters(), strict=True):
+                average.lerp_(weight, 1 - TARGET_DECAY)
+        rows, i = torch.randint(len(x_0), (build.BATCH,)), torch.randint(len(policies[0].schedule.timesteps), (build.BATCH,))
+        return consistency_loss(*policies, x_0[rows], torch.randn_like(x_0[rows]), i, cond[rows])
+
+    return build.optimise("student", [student, target], steps, PEAK_LR, loss_of_batch, captions, folder)
+
+
+def distil(folder: Path, seed: int = 0, steps: int = STEPS, pictures: int = PICTURES) -> None:
+    """Distils the miniature and saves it, with made.json, which says how; the folder appears only when it is complete.
+
+    An interrupted one goes on from FOLDER.state, which is removed at the end. FileExistsError if the folder is there already.
+    """
+    if folder.exists():
+        raise FileExistsError(f"{folder} is there already: choose another folder, or remove it")
+    state = folder.with_name(f"{folder.name}.state")
+    state.mkdir(parents=True, exist_ok=True)
+    random_state = torch.get_rng_state()
+    torch.manual_seed(seed)
+    pipe = load_pipeline("toy", torch.device("cpu"))
+    student = copy.deepcopy(pipe.unet).requires_grad_(True)
+    seconds = train_student(pipe, student, steps, pictures, state)
+    torch.set_rng_state(random_state)
+    pipe.unet = student
+    save_pipeline(pipe, consistency_scheduler(pipe, 2), folder)
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: weight.half() for name, weight in load_file(file).items()}, file, metadata={"format": "pt"})
+    versions = {name: version(name) for name in ("torch", "diffusers", "transformers")}
+    made = {"seed": seed, "steps": steps, "pictures": pictures, "guidance_scale": GUIDANCE, "seconds": seconds}
+    made |= {"threads": torch.get_num_threads()} | versions
+    (folder / "made.json").write_text(json.dumps(made, indent=1) + "\n")
+    shutil.rmtree(state)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="miniature.distil", description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("folder", type=Path, help="where the pipeline goes; an interrupted run goes on from FOLDER.state")
+    try:
+        distil(parser.parse_args().folder)
+    except FileExistsError as error:
+        parser.error(str(error))

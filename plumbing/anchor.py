@@ -1,0 +1,95 @@
+"""What LaSRO holds its generator to: the teacher of many steps, on pictures of its own."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline, LCMScheduler
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from config import LasroConfig
+from plumbing.pipeline import encode_prompts, lcm_scheduler, load_pipeline, pipeline_policy, unet_policy
+from plumbing.processes import Share, all_wait_for_first
+from plumbing.prompts import draw_prompts
+from sampler import EVALUATION, Policy, sample_trajectories
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """What L_lcm holds the generator to: the teacher, on pictures of its own."""
+
+    prompts: list[str]  # A
+    x_0: Tensor  # (A, C, H, W), on the CPU
+    target: AveragedModel  # of the generator
+    policies: tuple[Policy, Policy, Policy]  # student, target and teacher at the levels of the teacher's ODE
+
+
+def consistency_scheduler(pipe: DiffusionPipeline, num_steps: int = 0) -> LCMScheduler:
+    """The pipeline's noise, drawn as consistency models draw it, in T = num_steps or in all steps that one can begin from."""
+    config = LCMScheduler.from_config(pipe.scheduler.config).config
+    return lcm_scheduler(config, num_steps or config.original_inference_steps)
+
+
+def few_step_policy(pipe: DiffusionPipeline, num_steps: int, config: LasroConfig) -> Policy:
+    """The generator with T = num_steps."""
+    return unet_policy(
+        pipe.unet, encode_prompts(pipe, None), consistency_scheduler(pipe, num_steps), guidance_scale=config.guidance_scale, eta=1.0,
+        autocast=config.autocast,
+    )  # fmt: skip
+
+
+def solver_policies(
+    pipe: DiffusionPipeline, target: nn.Module, teacher: DiffusionPipeline, guidance_scale: float, autocast: str = "no"
+) -> tuple[Policy, Policy, Policy]:
+    """The student (pipe's UNet), the target and the guided teacher at the levels of the teacher's ODE, which are LCM's."""
+    uncond, scheduler = encode_prompts(pipe, None), consistency_scheduler(pipe)
+    student, of_target, of_teacher = (
+        unet_policy(unet, uncond, scheduler, guidance_scale=w, eta=1.0, autocast=autocast)
+        for unet, w in ((pipe.unet, 1.0), (target, 1.0), (teacher.unet, guidance_scale))
+    )
+    predicts = teacher.scheduler.config.prediction_type
+    ode = dataclasses.replace(of_teacher.schedule, consistency=False, eta=0.0, prediction_type=predicts)
+    return student, of_target, dataclasses.replace(of_teacher, schedule=ode)
+
+
+def teachers_pictures(
+    teacher: DiffusionPipeline, pipe: DiffusionPipeline, prompts: list[str], num_steps: int, guidance_scale: float, batch_size: int,
+    seed: int, autocast: str = "no",
+) -> Tensor:  # fmt: skip
+    """What the teacher draws of each prompt, by this process's share of them -> latents (A, C, H, W) on the CPU, of all."""
+    policy = pipeline_policy(teacher, num_steps, guidance_scale=guidance_scale, eta=1.0, autocast=autocast)
+    size = pipe.unet.config.sample_size  # SDXL-Turbo draws smaller pictures than its teacher
+    policy = dataclasses.replace(policy, latent_shape=(policy.latent_shape[0], size, size))
+    share = Share([torch.ones(len(prompts), 1, 1)])
+
+    def draw() -> Tensor:
+        names, parts = [(seed, EVALUATION, n, 0) for n in share.rows.tolist()], []
+        for start in range(0, len(names), batch_size):
+            some = names[start : start + batch_size]
+            cond = encode_prompts(pipe, [prompts[n] for _, _, n, _ in some])
+            parts.append(sample_trajectories(policy, cond, some, batch_size).x_0.cpu())
+        return torch.cat(parts)
+
+    return share.all_gather(draw)
+
+
+def load_anchor(config: LasroConfig, pipe: DiffusionPipeline, target: AveragedModel, prompts: list[str]) -> Anchor:
+    """The anchor of a run; its pictures are drawn once and kept in the run's folder. ValueError for a teacher that does not fit."""
+    teacher = load_pipeline(config.teacher, pipe.device)
+    for name in ("cross_attention_dim", "in_channels"):
+        mine, theirs = (one.unet.config[name] for one in (pipe, teacher))
+        if mine != theirs:
+            raise ValueError(f"teacher {config.teacher!r} has {name}={theirs}, but {config.model!r}, which it teaches, {mine}")
+    drawn = draw_prompts(prompts, config.anchor_pictures, 0, config.seed + 2)
+    file = Path(config.output_dir) / "anchor.safetensors"
+    if not config.resume:
+        x_0 = teachers_pictures(
+            teacher, pipe, drawn, config.teacher_steps, config.teacher_guidance, config.sample_batch_size, config.seed,
+            config.autocast,
+        )  # fmt: skip
+        all_wait_for_first(lambda: save_file({"x_0": x_0}, file))
+    policies = solver_policies(pipe, target.module, teacher, config.teacher_guidance, config.autocast)
+    return Anchor(drawn, load_file(file)["x_0"], target, policies)

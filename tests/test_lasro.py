@@ -1,0 +1,226 @@
+"""LaSRO: its losses have the fixed points and gradients they should, its two learners are apart, and its runs can be trusted."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, LCMScheduler
+
+from lasro import (
+    Normaliser,
+    accuracy,
+    consistency_loss,
+    generate,
+    surrogate_loss,
+    surrogate_of,
+    surrogate_scores,
+)
+from miniature import build
+from plumbing.anchor import consistency_scheduler
+from plumbing.pipeline import ddim_scheduler, encode_prompts, lcm_scheduler, noise_schedule, pipeline_policy
+from plumbing.replay import Replay
+from sampler import Policy
+
+SCALED_LINEAR = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+
+
+def test_an_untrained_surrogate_knows_nothing():
+    """L_surr is log 2, and pulls winner and loser apart as Bradley and Terry's likelihood does."""
+    rewards = torch.tensor([[3.0, 1.0], [0.0, 2.0]])
+    assert surrogate_loss(torch.zeros(2, 2), rewards).item() == pytest.approx(math.log(2))
+    scores = torch.tensor([[0.7, -0.4]], requires_grad=True)
+    surrogate_loss(scores, torch.tensor([[1.0, 0.0]])).backward()
+    wrong = 1 - torch.tensor(1.1).sigmoid().item()
+    assert scores.grad.tolist()[0] == pytest.approx([-wrong, wrong])
+
+
+def test_pairs_are_of_one_prompt_and_ties_say_nothing():
+    scores, rewards = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([[1.0, 2, 2, 0]] * 3)
+    by_hand = [
+        sum(-torch.nn.functional.logsigmoid(row[i] - row[j]) for i, j in ((0, 3), (1, 0), (1, 3), (2, 0), (2, 3))) / 5
+        for row in scores
+    ]
+    assert surrogate_loss(scores, rewards).item() == pytest.approx((sum(by_hand) / 3).item())
+    assert surrogate_loss(scores, torch.ones(3, 4)).item() == 0
+
+
+def test_what_depends_on_the_prompt_alone_changes_nothing():
+    """R + b(c): neither the loss nor the gradient by the picture."""
+    rewards = torch.rand(5, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    scores = torch.randn(5, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64).requires_grad_()
+    shift = 10 * torch.randn(5, 1, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    losses = [surrogate_loss(some, rewards) for some in (scores, scores + shift)]
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, scores)[0] for loss in losses))
+
+
+def test_the_surrogate_finds_the_reward_behind_noisy_choices():
+    """R = psi . z, b better than a with probability sigma(g . (z_b - z_a)): the minimiser is g."""
+    g, generator = torch.tensor([1.0, -2.0, 0.5]), torch.Generator().manual_seed(0)
+    z = torch.randn(100_000, 2, 3, generator=generator)
+    chosen = torch.bernoulli((z[:, 1] @ g - z[:, 0] @ g).sigmoid(), generator=generator)
+    rewards, psi = torch.stack([1 - chosen, chosen], 1), torch.zeros(3, requires_grad=True)
+    optimizer = torch.optim.LBFGS([psi], line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = surrogate_loss(z @ psi, rewards)
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        optimizer.step(closure)
+    torch.testing.assert_close(psi.detach(), g, rtol=0, atol=0.04)
+    assert 0.7 < accuracy(z @ psi, rewards) < 0.9 and accuracy(z @ g, z @ g) == 1
+
+
+def test_normalised_rewards_do_not_see_scale_and_shift():
+    scores = torch.randn(500, 2, generator=torch.Generator().manual_seed(0))
+    plain, changed = Normaliser(2, 0.9), Normaliser(2, 0.9)
+    for _ in range(200):  # to the fixed point
+        plain.update(scores)
+        changed.update(3 * scores + 7)
+    assert not plain.mean.requires_grad and not plain.scale.requires_grad
+    torch.testing.assert_close(plain(scores), changed(3 * scores + 7), rtol=1e-4, atol=1e-5)
+    assert plain(scores).abs().max() <= 1 and plain(scores).std() > 0.1
+    far = torch.tensor([[100.0, 0.0]], requires_grad=True)
+    plain(far).sum().backward()
+    assert far.grad.tolist()[0] == pytest.approx([0, 1 / plain.scale[1].item()])
+    other = Normaliser(2, 0.9)
+    other.load_state_dict(plain.state_dict())
+    assert torch.equal(other(scores), plain(scores)) and other.begun
+
+
+def shifting(theta: torch.Tensor, num_steps: int = 2) -> Policy:
+    """A generator with f_theta(z) = z + theta at every step."""
+    schedule = noise_schedule(lcm_scheduler(LCMScheduler(**SCALED_LINEAR).config, num_steps), 1.0)
+
+    def denoise(x_t, t, cond):
+        i = torch.stack([(schedule.timesteps == one).nonzero()[0, 0] for one in t])
+        alpha, s = (levels[i].view(-1, 1, 1, 1).to(x_t) for levels in (schedule.alpha, schedule.s))
+        return (x_t - alpha * (x_t + theta)) / s  # the epsilon whose x_0 is x_t + theta
+
+    return Policy(denoise, schedule, (2, 4, 4), torch.device("cpu"))
+
+
+def test_the_generator_climbs_the_surrogate_and_each_step_only_its_own():
+    theta, psi = torch.zeros(2, 4, 4, dtype=torch.float64, requires_grad=True), torch.randn(
+        2, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
+    policy, c = shifting(theta), torch.tensor([0.3, 0.2], dtype=torch.float64)
+    noise = torch.randn(64, 2, 2, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    normaliser = Normaliser(2, 0.9)
+    normaliser.mean, normaliser.scale = torch.zeros(2), torch.tensor([200.0, 300.0])  # nothing is clipped
+    scores = (generate(policy, noise, None) * psi).flatten(2).sum(-1)
+    loss = -(c * normaliser(scores).mean(0)).sum()
+    (gradient,) = torch.autograd.grad(loss, theta)
+    torch.testing.assert_close(gradient, -(0.3 / 200 + 0.2 / 300) * psi, rtol=1e-6, atol=1e-9)
+
+
+def gaussian_policies(variance: float, solver_steps: int) -> tuple[Policy, Policy, Policy]:
+    """Student, target and teacher of data N(0, variance), all exact."""
+    scheduler = lcm_scheduler(LCMScheduler(**SCALED_LINEAR, original_inference_steps=solver_steps).config, solver_steps)
+    schedule = noise_schedule(scheduler, 1.0)
+
+    def of(x_0_of):
+        def denoise(x_t, t, cond):
+            alpha_bar = scheduler.alphas_cumprod[t].double().view(-1, 1, 1, 1)
+            return (x_t - alpha_bar.sqrt() * x_0_of(x_t, alpha_bar)) / (1 - alpha_bar).sqrt()
+
+        return Policy(denoise, schedule, (1, 8, 8), torch.device("cpu"))
+
+    student = of(lambda x, alpha_bar: variance**0.5 * x / (variance * alpha_bar + 1 - alpha_bar).sqrt())
+    teacher = of(lambda x, alpha_bar: alpha_bar.sqrt() * variance * x / (variance * alpha_bar + 1 - alpha_bar))
+    return student, student, dataclasses.replace(teacher, schedule=dataclasses.replace(schedule, consistency=False, eta=0.0))
+
+
+@pytest.mark.parametrize("variance, solver_steps, about", [(1, 50, 1.9e-6), (1, 10, 4.0e-4), (0.25, 50, 6.3e-6), (0.25, 10, 7.9e-4)])
+def test_the_consistency_function_of_gaussian_data_has_only_the_solvers_error(variance, solver_steps, about):
+    """For N(0, I) the probability-flow ODE stands still, so f is the identity; what is left of L_lcm is that steps are finite."""
+    policies = gaussian_policies(variance, solver_steps)
+    x_0 = torch.randn(200 * solver_steps, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * variance**0.5
+    noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    i = torch.arange(solver_steps).repeat(200)
+    alpha_bar = policies[0].schedule.alpha ** 2
+    spread = variance * alpha_bar + 1 - alpha_bar
+    (a, b), (spread_a, spread_b) = ((values[:-1], values[1:]) for values in (alpha_bar, spread))
+    cosine = ((a * b).sqrt() * variance + ((1 - a) * (1 - b)).sqrt()) / (spread_a * spread_b).sqrt()
+    expected = (variance * (1 - cosine) ** 2).mean().item()
+    assert expected == pytest.approx(about, rel=0.02)
+    assert consistency_loss(*policies, x_0, noise, i, None).item() == pytest.approx(expected, rel=0.02)
+
+
+def test_the_clean_picture_is_its_own():
+    """At the last level of the solver the goal is where the teacher's step ends, whatever the target says."""
+    student, _, teacher = gaussian_policies(0.25, 10)
+    wrong = dataclasses.replace(student, denoise=lambda x_t, t, cond: torch.full_like(x_t, torch.nan))
+    x_0, noise = torch.randn(2, 3, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    last = torch.full((3,), 9)
+    assert consistency_loss(student, wrong, teacher, x_0, noise, last, None).isfinite()
+    assert not consistency_loss(student, wrong, teacher, x_0, noise, last - 1, None).isfinite()
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 4])
+def test_what_is_generated_equals_the_diffusers_scheduler(pipe, num_steps):
+    """The pictures after one step, two, ... are what LCMScheduler calls denoised, to what its c_skip still adds."""
+    pipe.scheduler = consistency_scheduler(pipe, num_steps)
+    policy, scheduler = pipeline_policy(pipe, num_steps, guidance_scale=1.0, eta=1.0), consistency_scheduler(pipe, num_steps)
+    cond = encode_prompts(pipe, ["a red circle on a blue background"] * 3)
+    noise = torch.randn(3, num_steps, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
+    z, x = generate(policy, noise, cond), noise[:, 0]
+    for step, t in enumerate(scheduler.timesteps):
+        output = pipe.unet(x, t, cond.tensors["encoder_hidden_states"]).sample
+        denoised = scheduler.step(output, t, x, generator=torch.Generator().manual_seed(step)).denoised
+        torch.testing.assert_close(z[:, step], denoised, rtol=1e-4, atol=1e-4)
+        if step + 1 < num_steps:
+            alpha_bar = scheduler.alphas_cumprod[scheduler.timesteps[step + 1]]
+            x = alpha_bar.sqrt() * denoised + (1 - alpha_bar).sqrt() * noise[:, step + 1]
+
+
+FLAT = dict(trained_betas=build.flat_scheduler().config.trained_betas)
+
+
+@pytest.mark.parametrize("noise, share", [(FLAT, 0.993), (SCALED_LINEAR, 0.988)])
+def test_ddim_in_two_steps_is_nearly_the_consistency_step(noise, share):
+    """The same timesteps, and of its variance what is said here."""
+    config = DDIMScheduler(**noise, clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing").config
+    ddim = noise_schedule(ddim_scheduler(config, 2), 1.0)
+    lcm = noise_schedule(lcm_scheduler(LCMScheduler(**noise).config, 2), 1.0)
+    assert ddim.timesteps.tolist() == lcm.timesteps.tolist() == [999, 499]
+    assert ddim.noisy.tolist() == lcm.noisy.tolist() == [0]
+    assert (ddim.sigma[0] / lcm.sigma[0]).item() ** 2 == pytest.approx(share, abs=5e-4)
+
+
+def test_the_surrogate_is_the_unets_lower_half(pipe):
+    """It computes what a hook on the mid block of the whole UNet sees, and begins by saying nothing."""
+    surrogate, seen = surrogate_of(pipe.unet, 2), []
+    pipe.unet.mid_block.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    surrogate.mid_block.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    cond = encode_prompts(pipe, ["a red circle on a blue background"] * 2)
+    policy = pipeline_policy(pipe, 5, guidance_scale=1.0, eta=1.0)
+    z, clean = torch.randn(2, 2, *policy.latent_shape, generator=torch.Generator().manual_seed(0)), torch.zeros(2, dtype=torch.long)
+    policy.denoise(z[:, 0], clean, cond)
+    critic = dataclasses.replace(policy.denoise, unet=surrogate)
+    assert critic(z[:, 0], clean, cond).tolist() == [[0, 0], [0, 0]]
+    assert torch.equal(*seen)
+    assert sum(p.numel() for p in surrogate.parameters()) < sum(p.numel() for p in pipe.unet.parameters())
+    with torch.no_grad():
+        surrogate.conv_out[-1].weight.normal_(generator=torch.Generator().manual_seed(1))
+    scores = surrogate_scores(critic, z, cond)
+    assert torch.equal(scores[:, 0], critic(z[:, 0], clean, cond)[:, 0]) and torch.equal(scores[:, 1], critic(z[:, 1], clean, cond)[:, 1])
+
+
+def test_replay_forgets_the_oldest_and_half_of_what_it_draws_is_new():
+    replay = Replay(6)
+    for epoch in range(4):
+        replay.push([f"{epoch} {n}" for n in range(2)], torch.full((2, 3, 1), epoch), torch.full((2, 3, 1), 10 * epoch))
+    assert replay.prompts == ["1 0", "1 1", "2 0", "2 1", "3 0", "3 1"] and [z[0, 0].item() for z in replay.z] == [1, 1, 2, 2, 3, 3]
+    drawn = [replay.draw(4, 2, torch.Generator().manual_seed(seed)) for seed in range(20)]
+    assert all(sum(place >= 4 for place in places) == 2 for places in drawn) and {p for places in drawn for p in places} == set(range(6))
+    other = Replay(6)
+    other.load_state_dict(replay.state_dict())
+    assert other.draw(4, 2, torch.Generator().manual_seed(0)) == drawn[0] and other.prompts == replay.prompts
+    replay = Replay(6)
+    replay.push(["a", "b"], torch.zeros(2, 3, 1), torch.zeros(2, 3, 1))
+    assert set(replay.draw(8, 2, torch.Generator().manual_seed(0))) == {0, 1}  # there are no others yet
