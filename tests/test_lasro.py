@@ -105,8 +105,9 @@ def shifting(theta: torch.Tensor, num_steps: int = 2) -> Policy:
 
 
 def test_the_generator_climbs_the_surrogate_and_each_step_only_its_own():
-    theta, psi = torch.zeros(2, 4, 4, dtype=torch.float64, requires_grad=True), torch.randn(
-        2, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    theta, psi = (
+        torch.zeros(2, 4, 4, dtype=torch.float64, requires_grad=True),
+        torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64),
     )
     policy, c = shifting(theta), torch.tensor([0.3, 0.2], dtype=torch.float64)
     noise = torch.randn(64, 2, 2, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -135,11 +136,15 @@ def gaussian_policies(variance: float, solver_steps: int) -> tuple[Policy, Polic
     return student, student, dataclasses.replace(teacher, schedule=dataclasses.replace(schedule, consistency=False, eta=0.0))
 
 
-@pytest.mark.parametrize("variance, solver_steps, about", [(1, 50, 1.9e-6), (1, 10, 4.0e-4), (0.25, 50, 6.3e-6), (0.25, 10, 7.9e-4)])
+@pytest.mark.parametrize(
+    "variance, solver_steps, about", [(1, 50, 1.9e-6), (1, 10, 4.0e-4), (0.25, 50, 6.3e-6), (0.25, 10, 7.9e-4)]
+)
 def test_the_consistency_function_of_gaussian_data_has_only_the_solvers_error(variance, solver_steps, about):
     """For N(0, I) the probability-flow ODE stands still, so f is the identity; what is left of L_lcm is that steps are finite."""
     policies = gaussian_policies(variance, solver_steps)
-    x_0 = torch.randn(200 * solver_steps, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * variance**0.5
+    x_0 = (
+        torch.randn(200 * solver_steps, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * variance**0.5
+    )
     noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     i = torch.arange(solver_steps).repeat(200)
     alpha_bar = policies[0].schedule.alpha ** 2
@@ -199,7 +204,10 @@ def test_the_surrogate_is_the_unets_lower_half(pipe):
     surrogate.mid_block.register_forward_hook(lambda module, inputs, output: seen.append(output))
     cond = encode_prompts(pipe, ["a red circle on a blue background"] * 2)
     policy = pipeline_policy(pipe, 5, guidance_scale=1.0, eta=1.0)
-    z, clean = torch.randn(2, 2, *policy.latent_shape, generator=torch.Generator().manual_seed(0)), torch.zeros(2, dtype=torch.long)
+    z, clean = (
+        torch.randn(2, 2, *policy.latent_shape, generator=torch.Generator().manual_seed(0)),
+        torch.zeros(2, dtype=torch.long),
+    )
     policy.denoise(z[:, 0], clean, cond)
     critic = dataclasses.replace(policy.denoise, unet=surrogate)
     assert critic(z[:, 0], clean, cond).tolist() == [[0, 0], [0, 0]]
@@ -208,16 +216,27 @@ def test_the_surrogate_is_the_unets_lower_half(pipe):
     with torch.no_grad():
         surrogate.conv_out[-1].weight.normal_(generator=torch.Generator().manual_seed(1))
     scores = surrogate_scores(critic, z, cond)
-    assert torch.equal(scores[:, 0], critic(z[:, 0], clean, cond)[:, 0]) and torch.equal(scores[:, 1], critic(z[:, 1], clean, cond)[:, 1])
+    assert torch.equal(scores[:, 0], critic(z[:, 0], clean, cond)[:, 0]) and torch.equal(
+        scores[:, 1], critic(z[:, 1], clean, cond)[:, 1]
+    )
 
 
 def test_replay_forgets_the_oldest_and_half_of_what_it_draws_is_new():
     replay = Replay(6)
     for epoch in range(4):
         replay.push([f"{epoch} {n}" for n in range(2)], torch.full((2, 3, 1), epoch), torch.full((2, 3, 1), 10 * epoch))
-    assert replay.prompts == ["1 0", "1 1", "2 0", "2 1", "3 0", "3 1"] and [z[0, 0].item() for z in replay.z] == [1, 1, 2, 2, 3, 3]
+    assert replay.prompts == ["1 0", "1 1", "2 0", "2 1", "3 0", "3 1"] and [z[0, 0].item() for z in replay.z] == [
+        1,
+        1,
+        2,
+        2,
+        3,
+        3,
+    ]
     drawn = [replay.draw(4, 2, torch.Generator().manual_seed(seed)) for seed in range(20)]
-    assert all(sum(place >= 4 for place in places) == 2 for places in drawn) and {p for places in drawn for p in places} == set(range(6))
+    assert all(sum(place >= 4 for place in places) == 2 for places in drawn) and {p for places in drawn for p in places} == set(
+        range(6)
+    )
     other = Replay(6)
     other.load_state_dict(replay.state_dict())
     assert other.draw(4, 2, torch.Generator().manual_seed(0)) == drawn[0] and other.prompts == replay.prompts
