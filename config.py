@@ -207,13 +207,15 @@ class LasroConfig(Common):
 
 
 TURBO = dict(
-    prompts="hpdv2-train", eval_prompts="pickapic-test", reward=["hpsv2"], epochs=200, autocast="bf16", gradient_checkpointing=True,
-    sample_batch_size=8, train_batch_size=4, eval_every=20, save_every=20, teacher_steps=25, teacher_guidance=7.5,
+    prompts="hpdv2-train", eval_prompts="pickapic-test", reward=["hpsv2"], epochs=200, autocast="bf16",
+    gradient_checkpointing=True, sample_batch_size=8, train_batch_size=4, eval_every=20, save_every=20, teacher_steps=25,
+    teacher_guidance=7.5,
 )  # fmt: skip
 LASRO_PRESETS: dict[str, dict] = {
     "toy-turbo": dict(
         prompts="toy-train", eval_prompts="toy-heldout", reward=["toy-alignment"], epochs=40, prompts_per_epoch=16,
-        images_per_prompt=8, learning_rate=1e-4, surrogate_learning_rate=1e-3, sample_batch_size=64, train_batch_size=64, keep_every=20,
+        images_per_prompt=8, learning_rate=1e-4, surrogate_learning_rate=1e-3, sample_batch_size=64, train_batch_size=64,
+        keep_every=20,
     ),
     "sd-turbo": TURBO | dict(model="stabilityai/sd-turbo", teacher="stabilityai/stable-diffusion-2-1-base"),
     "sdxl-turbo": TURBO | dict(model="stabilityai/sdxl-turbo", teacher="stabilityai/stable-diffusion-xl-base-1.0", lora_rank=64),
@@ -274,16 +276,9 @@ def check(config: Config, world_size: int) -> None:
 
 def check_lasro(config: LasroConfig, world_size: int) -> None:
     """ValueError naming the setting if the numbers cannot work together."""
-    counts = (
-        "epochs",
-        "prompts_per_epoch",
-        "num_steps",
-        "sample_batch_size",
-        "train_batch_size",
-        "teacher_steps",
-        "anchor_pictures",
-    )
-    for name in (*counts, "surrogate_batch", "generator_batch", "eval_every", "save_every", "pretraining_updates"):
+    counts = ("epochs", "prompts_per_epoch", "num_steps", "sample_batch_size", "train_batch_size", "teacher_steps")
+    counts += ("anchor_pictures", "surrogate_batch", "generator_batch", "eval_every", "save_every", "pretraining_updates")
+    for name in counts:
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
     for name in ("learning_rate", "surrogate_learning_rate", "max_grad_norm"):
@@ -292,15 +287,8 @@ def check_lasro(config: LasroConfig, world_size: int) -> None:
     for name in ("target_decay", "normaliser_decay"):
         if not 0 <= getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(config, name)}")
-    for name in (
-        "pretraining_epochs",
-        "surrogate_updates",
-        "generator_updates",
-        "anchor_weight",
-        "lora_rank",
-        "keep_every",
-        "seed",
-    ):
+    counts = ("pretraining_epochs", "surrogate_updates", "generator_updates", "lora_rank", "keep_every", "seed")
+    for name in (*counts, "anchor_weight"):
         if getattr(config, name) < 0:
             raise ValueError(f"{name} must be at least 0, not {getattr(config, name)}")
     if len(config.step_weights) != config.num_steps:
@@ -311,6 +299,4 @@ def check_lasro(config: LasroConfig, world_size: int) -> None:
         raise ValueError(f"replay_size must be at least prompts_per_epoch={config.prompts_per_epoch}, not {config.replay_size}")
     for name in ("surrogate_batch", "generator_batch"):
         if getattr(config, name) < world_size:
-            raise ValueError(
-                f"{name}={getattr(config, name)} is fewer than the {world_size} processes, each of which has a share"
-            )
+            raise ValueError(f"{name}={getattr(config, name)} is fewer than the {world_size} processes, which share them")

@@ -10,7 +10,7 @@ the black-box reward is learned instead, by a surrogate R_psi on latents, and th
     L_surr = -mean log sigma(R_psi(z_w, c) - R_psi(z_l, c))           over pairs of a prompt and a step, w better than l
     L_gen  = c_0 L_lcm - sum_j c_j mean S_j[R_psi(z_j, c)]            z_j: what the generator draws in j steps
 
-The authors released no code, and little of the paper's body could be had. What had to be reconstructed is marked OURS: at its line.
+The authors released no code, and little of the paper's body could be had. What had to be reconstructed is marked OURS.
 
 Letters: M pictures of one process, T steps of the generator, N prompts of an epoch, B pictures of each (the paper's N_s).
 """
@@ -171,7 +171,7 @@ def finetune(config: LasroConfig, run: Run, pipe, policy: Policy, critic: Guided
     psi, c = list(critic.unet.parameters()), torch.tensor(config.step_weights, device=policy.device)
 
     def descend(parameters: list, number: int, at_once: int, loss_of: Callable[[list[int]], tuple[Tensor, Tensor]]) -> Tensor:
-        """One update by the mean loss of rows 0 to number - 1; loss_of(some) also tells what is returned of all, (number, ...)."""
+        """One update by the mean loss of rows 0 to number - 1; loss_of(some) also gives what is returned, of all of them."""
         def backward() -> Tensor:
             told = []
             for start in range(RANK, number, WORLD_SIZE * at_once):
@@ -222,7 +222,8 @@ def finetune(config: LasroConfig, run: Run, pipe, policy: Policy, critic: Guided
 
                 def l_surr(some: list[int]) -> tuple[Tensor, Tensor]:
                     which = [places[row] for row in some]
-                    pictures, theirs = (torch.stack([kept[n] for n in which]).to(policy.device) for kept in (replay.z, replay.rewards))
+                    pictures, theirs = (torch.stack([of[n] for n in which]).to(policy.device)
+                                         for of in (replay.z, replay.rewards))
                     cond = encode_prompts(pipe, [replay.prompts[n] for n in which for _ in range(B)])
                     found = surrogate_scores(critic, pictures.flatten(0, 1), cond).unflatten(0, (-1, B))
                     loss = surrogate_loss(found.mT, theirs.mT)
@@ -233,15 +234,15 @@ def finetune(config: LasroConfig, run: Run, pipe, policy: Policy, critic: Guided
             critic.unet.requires_grad_(False)
             for k in range(0 if pretraining else K):
                 told = draw_prompts(prompts, G, epoch * K + k, config.seed + 1)
-                places, i = torch.randint(len(anchor.prompts), (G,), generator=order), torch.randint(len(anchor.policies[0].schedule.timesteps), (G,), generator=order)
+                places, i = (torch.randint(most, (G,), generator=order) for most in (len(anchor.prompts), anchor.levels))
 
                 def l_gen(some: list[int]) -> tuple[Tensor, Tensor]:
                     noise = draw_noise(policy, config.seed, [(epoch, k * G + row, 0, 2) for row in some], T + 1)
                     cond = encode_prompts(pipe, [told[row] for row in some])
                     found = surrogate_scores(critic, generate(policy, noise[:, :T], cond), cond)
                     held_to = encode_prompts(pipe, [anchor.prompts[n] for n in places[some].tolist()])
-                    l_lcm = consistency_loss(
-                        *anchor.policies, anchor.x_0[places[some]].to(policy.device), noise[:, T], i[some].to(policy.device), held_to)
+                    x_0, levels_of = (table[some].to(policy.device) for table in (anchor.x_0[places], i))
+                    l_lcm = consistency_loss(*anchor.policies, x_0, noise[:, T], levels_of, held_to)
                     loss = config.anchor_weight * l_lcm - (c * normaliser(found).mean(0)).sum()
                     return loss, torch.cat([found, l_lcm.expand(len(some), 1)], 1)
 

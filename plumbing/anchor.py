@@ -26,6 +26,10 @@ class Anchor:
     target: AveragedModel  # of the generator
     policies: tuple[Policy, Policy, Policy]  # student, target and teacher at the levels of the teacher's ODE
 
+    @property
+    def levels(self) -> int:
+        return len(self.policies[0].schedule.timesteps)
+
 
 def consistency_scheduler(pipe: DiffusionPipeline, num_steps: int = 0) -> LCMScheduler:
     """The pipeline's noise, drawn as consistency models draw it, in T = num_steps or in all steps that one can begin from."""
@@ -36,8 +40,8 @@ def consistency_scheduler(pipe: DiffusionPipeline, num_steps: int = 0) -> LCMSch
 def few_step_policy(pipe: DiffusionPipeline, num_steps: int, config: LasroConfig) -> Policy:
     """The generator with T = num_steps."""
     return unet_policy(
-        pipe.unet, encode_prompts(pipe, None), consistency_scheduler(pipe, num_steps), guidance_scale=config.guidance_scale, eta=1.0,
-        autocast=config.autocast,
+        pipe.unet, encode_prompts(pipe, None), consistency_scheduler(pipe, num_steps), guidance_scale=config.guidance_scale,
+        eta=1.0, autocast=config.autocast,
     )  # fmt: skip
 
 
@@ -56,8 +60,8 @@ def solver_policies(
 
 
 def teachers_pictures(
-    teacher: DiffusionPipeline, pipe: DiffusionPipeline, prompts: list[str], num_steps: int, guidance_scale: float, batch_size: int,
-    seed: int, autocast: str = "no",
+    teacher: DiffusionPipeline, pipe: DiffusionPipeline, prompts: list[str], num_steps: int, guidance_scale: float,
+    batch_size: int, seed: int, autocast: str = "no",
 ) -> Tensor:  # fmt: skip
     """What the teacher draws of each prompt, by this process's share of them -> latents (A, C, H, W) on the CPU, of all."""
     policy = pipeline_policy(teacher, num_steps, guidance_scale=guidance_scale, eta=1.0, autocast=autocast)
@@ -77,7 +81,7 @@ def teachers_pictures(
 
 
 def load_anchor(config: LasroConfig, pipe: DiffusionPipeline, target: AveragedModel, prompts: list[str]) -> Anchor:
-    """The anchor of a run; its pictures are drawn once and kept in the run's folder. ValueError for a teacher that does not fit."""
+    """The anchor of a run, whose pictures are drawn once and kept in its folder; ValueError for a teacher that does not fit."""
     teacher = load_pipeline(config.teacher, pipe.device)
     for name in ("cross_attention_dim", "in_channels"):
         mine, theirs = (one.unet.config[name] for one in (pipe, teacher))

@@ -138,7 +138,7 @@ def pipeline_policy(pipe: DiffusionPipeline, num_steps: int, **settings) -> Poli
 
 
 def load_pipeline(name: str, device: torch.device) -> DiffusionPipeline:
-    """The frozen fp32 pipeline 'toy' or 'toy-turbo', of a folder, or of a hub id, without its safety checker; ValueError if there is none."""
+    """The frozen fp32 pipeline toy or toy-turbo, of a folder or a hub id, without safety checker; ValueError if there is none."""
     name = str(miniature.PIPELINES.get(name, name))
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
