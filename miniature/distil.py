@@ -2,8 +2,8 @@
 
     python -m miniature.distil FOLDER     # makes it again, in about an hour of one core
 
-The student begins as the miniature's UNet and learns on the teacher's own pictures, under guidance of GUIDANCE, for which it
-needs no second call thereafter. All else, text encoder and autoencoder, is the miniature's. The result lies in turbo/, with its card.
+The student begins as the miniature's UNet and learns on the teacher's own pictures, under guidance of GUIDANCE, for which it needs
+no second call thereafter. All else, text encoder and autoencoder, is the miniature's. The result lies in turbo/, with its card.
 """
 
 import argparse

@@ -119,6 +119,7 @@ def on_two_processes(model_folder, two_models, tmp_path_factory) -> dict[str, On
 
 def run_on_two_processes(folder: Path, model_folder: Path, two_models: Path) -> None:
     import test_evaluate
+    import test_lasro
     import test_methods
     import test_train
 
@@ -126,6 +127,7 @@ def run_on_two_processes(folder: Path, model_folder: Path, two_models: Path) -> 
     cases = {"prdp": ("train", test_train.arguments(model_folder, folder / "prdp", "--epochs", "2"))}
     for method in test_methods.FLAGS:
         cases[method] = ("train", test_methods.arguments(method, model_folder, folder / method, folder))
+    cases["lasro"] = ("lasro", test_lasro.arguments(model_folder, folder / "lasro"))
     models = ["--models", f"base={two_models}/base", f"other={two_models}/other"]
     cases["evaluate"] = ("evaluate", [*test_evaluate.FLAGS, *models, "--output_dir", str(folder / "evaluate")])
     predicted = ["--runs", str(folder / "prdp"), *test_evaluate.PREDICTED, "--output_dir", str(folder / "predicted")]

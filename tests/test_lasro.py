@@ -1,12 +1,16 @@
 """LaSRO: its losses have the fixed points and gradients they should, its two learners are apart, and its runs can be trusted."""
 
 import dataclasses
+import json
 import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, LCMScheduler
+from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPipeline
+from safetensors.torch import load_file
 
+import lasro
+import train
 from lasro import (
     Normaliser,
     accuracy,
@@ -243,3 +247,133 @@ def test_replay_forgets_the_oldest_and_half_of_what_it_draws_is_new():
     replay = Replay(6)
     replay.push(["a", "b"], torch.zeros(2, 3, 1), torch.zeros(2, 3, 1))
     assert set(replay.draw(8, 2, torch.Generator().manual_seed(0))) == {0, 1}  # there are no others yet
+
+
+TINY = (
+    "--preset toy-turbo --prompts toy-small --eval_prompts toy-small --epochs 4 --pretraining_epochs 2 --prompts_per_epoch 3 "
+    "--images_per_prompt 4 --pretraining_updates 3 --surrogate_updates 2 --surrogate_batch 2 --generator_updates 2 "
+    "--generator_batch 6 --anchor_pictures 8 --replay_size 7 --learning_rate 1e-3 --eval_every 2 --save_every 3"
+).split()
+CLOCK_AND_MEMORY = ("seconds", "images_per_second", "peak_memory_gib")
+
+
+def arguments(model_folder, run, *more):
+    return [*TINY, "--model", str(model_folder), "--teacher", str(model_folder), "--output_dir", str(run), *more]
+
+
+def metrics(run) -> list[dict]:
+    """The record without what the machine decides."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in CLOCK_AND_MEMORY} for line in lines]
+
+
+def weights(run) -> dict[str, torch.Tensor]:
+    return load_file(run / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def finished(model_folder, tmp_path_factory):
+    run = tmp_path_factory.mktemp("run") / "finished"
+    lasro.main(arguments(model_folder, run))
+    return run
+
+
+def test_the_generator_rests_while_the_surrogate_is_pretrained(finished, model_folder):
+    start, *_, last = lines = metrics(finished)
+    assert [line["epoch"] for line in lines] == [0, 1, 2, 3, 4]
+    assert lines[2]["eval_reward"] == start["eval_reward"] != last["eval_reward"]
+    assert lines[2]["eval_reward_one_step"] == start["eval_reward_one_step"] != start["eval_reward"]
+    assert [line["anchor_loss"] is None for line in lines[1:]] == [True, True, False, False]
+    assert lines[1]["surrogate_by_step"] == [0, 0]  # an untrained one says nothing
+    assert all(len(line["surrogate_accuracy"]) == 2 and line["surrogate_loss"] < 0.75 for line in lines[1:])
+    before = load_file(model_folder / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(not torch.equal(tensor, before[name]) for name, tensor in weights(finished).items() if "attn" in name)
+
+
+def test_the_result_opens_with_plain_diffusers_and_draws_in_two_steps(finished):
+    pipe = StableDiffusionPipeline.from_pretrained(finished / "pipeline")
+    assert isinstance(pipe.scheduler, LCMScheduler)
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe("a red ring on a black background", num_inference_steps=2, guidance_scale=1.0, output_type="pt").images
+    assert images.shape == (1, 3, 32, 32) and images.isfinite().all()
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit(finished, model_folder, tmp_path):
+    run = tmp_path / "resumed"
+    lasro.main(arguments(model_folder, run, "--epochs", "3"))  # the last epoch saved is in the middle of stage B
+    lasro.main(["--resume", str(run), "--epochs", "4"])
+    assert metrics(run)[-1] | {"eval_reward": 0} == metrics(finished)[-1] | {"eval_reward": 0}
+    for name, tensor in weights(run).items():
+        assert torch.equal(tensor, weights(finished)[name]), name
+
+
+def test_two_processes_equal_one(finished, model_folder, on_two_processes):
+    two = on_two_processes["lasro"]
+    assert two.codes == [0, 0], two.errors
+    start = load_file(model_folder / "unet" / "diffusion_pytorch_model.safetensors")
+    mine, theirs = (torch.cat([(weights(run)[n] - t).flatten() for n, t in start.items()]) for run in (finished, two.folder))
+    assert (theirs - mine).norm() < 0.15 * mine.norm()
+    for a, b in zip(metrics(two.folder)[1:], metrics(finished)[1:], strict=True):
+        assert a["reward_by_step"] == pytest.approx(b["reward_by_step"], abs=1e-3)
+        assert a["surrogate_loss"] == pytest.approx(b["surrogate_loss"], rel=1e-2)
+
+
+def test_each_step_moves_its_own_learner_alone(model_folder, tmp_path, monkeypatch):
+    """While the generator steps the surrogate has no gradient, and the other way round."""
+    stepped, step = [], torch.optim.AdamW.step
+
+    def watching(self, *arguments):
+        stepped.append([any(p.grad is not None for p in group["params"]) for group in self.param_groups])
+        return step(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watching)
+    lasro.main(arguments(model_folder, tmp_path / "run"))
+    generator, surrogate = [True, False], [False, True]
+    assert stepped == 6 * [surrogate] + 2 * (2 * [surrogate] + 2 * [generator])
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--num_steps", "3"], "step_weights must be one for each of num_steps=3, not 2"),
+        (["--images_per_prompt", "1"], "images_per_prompt must be at least 2, not 1"),
+        (["--replay_size", "2"], "replay_size must be at least prompts_per_epoch=3, not 2"),
+        (["--target_decay", "1"], "target_decay must be at least 0 and below 1, not 1.0"),
+        (["--surrogate_learning_rate", "0"], "surrogate_learning_rate must be a positive number, not 0.0"),
+        (["--anchor_weight", "-1"], "anchor_weight must be at least 0, not -1.0"),
+        (["--kl_weight", "1"], "unknown argument '--kl_weight'"),
+        (["--preset", "toy"], "unknown preset 'toy': use toy-turbo, sd-turbo, sdxl-turbo"),
+        (["--preset", "sd-turbo", "--model", "stabilityai/sd-turbo"], "for which a CUDA GPU is missing"),
+    ],
+)
+def test_wrong_settings(flags, message, capsys, model_folder, tmp_path):
+    with pytest.raises(SystemExit) as stopped:
+        lasro.main(arguments(model_folder, tmp_path / "run", *flags))
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert message in line and not (tmp_path / "run").exists()
+
+
+def test_a_run_of_the_other_loop_is_not_resumed(capsys, model_folder, tmp_path, finished):
+    with pytest.raises(SystemExit):
+        train.main(["--resume", str(finished)])
+    assert "this version of train.py has no such setting" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["prdp", "ddpo", "d3po"])
+def test_the_other_methods_train_the_noisy_step_of_a_consistency_model(method, finished, tmp_path):
+    run = tmp_path / method
+    flags = "--prompts toy-small --prompts_per_epoch 2 --images_per_prompt 4 --epochs 1 --num_steps 2 --eval_prompts=".split()
+    more = ["--shared_x_T", "True", "--clip_range", "0.1"] if method == "d3po" else []
+    command = ["--preset", "toy", "--model", str(finished / "pipeline"), *flags, "--method", method, *more]
+    train.main([*command, "--output_dir", str(run)])
+    (line,) = [line for line in metrics(run) if line["epoch"]]
+    assert len(line["rounding"]) == 1 and line["log_prob_drift"] < 1e-5  # one column: the last step draws no noise
+    assert json.loads((run / "pipeline" / "model_index.json").read_text())["scheduler"][1] == "LCMScheduler"
+
+
+def test_a_single_step_has_nothing_to_train(finished, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        flags = ["--preset", "toy", "--model", str(finished / "pipeline"), "--num_steps", "1"]
+        train.main([*flags, "--output_dir", str(tmp_path / "run")])
+    assert "num_steps=1: no step of this model has noise, so there is no log-prob to train" in capsys.readouterr().err
