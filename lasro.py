@@ -284,6 +284,7 @@ def main(argv: list[str]) -> None:
         check_lasro(config, WORLD_SIZE)
         prompts, eval_prompts, reward, pipe = load(config, processes.start(config.tf32, config.deterministic), LASRO_PRESETS)
         policy, one_step = (few_step_policy(pipe, steps, config) for steps in (config.num_steps, 1))
+        torch.manual_seed(config.seed)  # of the surrogate's head, and of adapters
         critic = dataclasses.replace(policy.denoise, unet=surrogate_of(pipe.unet, config.num_steps), guidance_scale=1.0)
         add_adapters(pipe, config.lora_rank) if config.lora_rank else pipe.unet.requires_grad_(True)
         if config.gradient_checkpointing:

@@ -14,10 +14,11 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
 import evaluate  # noqa: E402
+import lasro  # noqa: E402
 import train  # noqa: E402
 from plumbing import processes  # noqa: E402
 
-MAINS = {"train": train.main, "evaluate": evaluate.main}
+MAINS = {"train": train.main, "evaluate": evaluate.main, "lasro": lasro.main}
 
 
 def main(file: Path) -> None:
