@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+from statistics import median
 
 import pytest
 import torch
@@ -300,6 +301,15 @@ def test_predicted_differences_in_the_docs_are_the_measured_ones():
         assert text in section, text
     for name, ceiling in found["ceilings"].items():
         assert rows[name] == [f"{ceiling['share']:.2f} ± {ceiling['standard_error']:.2f}", f"{ceiling['share'] ** 0.5:.2f}"]
+
+
+def test_figures_beside_trl_are_the_measured_ones():
+    section, timed = MINIATURE.split("## Beside TRL")[1], result("beside-trl-time.json")
+    assert timed["versions_beside_trl"]["trl"] == "0.23.1" and f"{timed['machine']['cpu_cores']} CPU cores" in section
+    for name, row in timed["results"].items():
+        (low, high), seconds = row["interval_90"], row["seconds"]
+        cells = f"{median(seconds):.1f} | {row['ratio_to_trl']:.2f} | {low:.2f} to {high:.2f} | {row['owed_in_calls']:.2f}"
+        assert f"| {name} | {cells} |" in section and len(seconds) == 7, name
 
 
 def test_presets_weights_and_recipes_are_the_codes():
