@@ -277,7 +277,7 @@ def test_predicted_differences_in_the_docs_are_the_measured_ones():
         return [run["curves"][where][what][at] for run in found["runs"][name].values()]
 
     def ranged(values: list[float]) -> str:
-        return f"{fmean(values):.2f} ({min(values):.2f}–{max(values):.2f})"
+        return f"{fmean(values):.2f}" + (f" ({min(values):.2f}–{max(values):.2f})" if len(values) > 1 else "")
 
     for name, seeds in found["runs"].items():
         assert (
