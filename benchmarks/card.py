@@ -1,6 +1,7 @@
 """The miniature's card: what its pictures score, before any finetuning, by guidance and number of steps.
 
     python -m benchmarks.card --output results/miniature.json     # of the committed weights, in minutes
+    python -m benchmarks.card --model toy-turbo --guidance_scale 1 --num_steps 2 1 --output results/turbo.json
 
 Held-out prompts, one picture each for alignment and four for diversity, at the noise of evaluate.py with seed 0.
 """
@@ -66,12 +67,12 @@ def limits(pipe, prompts: list[str]) -> dict[str, float]:
     }
 
 
-def figures(pipe, num_steps: tuple[int, ...]) -> dict:
-    """Of each set; attributes and diversity are those at guidance 1 and T = 5, where finetuning begins."""
+def figures(pipe, guidance: tuple[float, ...], num_steps: tuple[int, ...]) -> dict:
+    """Of each set; attributes and diversity are those at the first guidance and T, where finetuning begins."""
     result = {}
     for name, prompts in SETS.items():
-        base = pictures(pipe, prompts, 1.0, 5, each=4)
-        table = {f"guidance {w:g}": {f"T = {T}": alignment(pipe, prompts, w, T) for T in num_steps} for w in GUIDANCE}
+        base = pictures(pipe, prompts, guidance[0], num_steps[0], each=4)
+        table = {f"guidance {w:g}": {f"T = {T}": alignment(pipe, prompts, w, T) for T in num_steps} for w in guidance}
         result[name] = limits(pipe, prompts) | {
             "attributes": by_attribute(base[:, 0], prompts), "diversity": diversity(base), "alignment": table
         }  # fmt: skip
@@ -81,11 +82,13 @@ def figures(pipe, num_steps: tuple[int, ...]) -> dict:
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.card", description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--model", default="toy", help="the committed miniature, or a folder like it")
+    parser.add_argument("--guidance_scale", type=float, nargs="+", default=GUIDANCE, help="w")
     parser.add_argument("--num_steps", type=int, nargs="+", default=STEPS, help="T")
     parser.add_argument("--output", type=Path, help="a JSON file; otherwise it is printed")
     arguments = parser.parse_args(argv)
     with one_line_errors(ValueError, OSError):
-        found = figures(load_pipeline(arguments.model, torch.device("cpu")), tuple(arguments.num_steps))
+        pipe = load_pipeline(arguments.model, torch.device("cpu"))
+        found = figures(pipe, tuple(arguments.guidance_scale), tuple(arguments.num_steps))
         how = {"threads": torch.get_num_threads(), "instructions": torch.backends.cpu.get_cpu_capability()}
         text = json.dumps(provenance("-m benchmarks.card", argv) | how | {"figures": found}, indent=1) + "\n"
         if arguments.output:

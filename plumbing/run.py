@@ -145,10 +145,14 @@ class Run:
     def all_finish(self, found: dict) -> None:
         """The epoch ends with this in the record, an evaluation and a checkpoint where they are due."""
         config = self.config
-        line = {"epoch": self.completed + 1} | found | {
-            "peak_memory_gib": processes.peak_memory_gib(), "eval_reward": None, "seconds": self.lap.seconds
-        }  # fmt: skip
-        line |= dict.fromkeys(self.also)
+        line = {
+            "epoch": self.completed + 1,
+            **found,
+            "peak_memory_gib": processes.peak_memory_gib(),
+            "eval_reward": None,
+            "seconds": self.lap.seconds,
+            **dict.fromkeys(self.also),
+        }
         self.metrics.append(line)
         self.completed, self.whole, self.in_updates = self.completed + 1, True, False
         self.write_metrics()

@@ -63,10 +63,12 @@ def test_links_lead_somewhere():
 
 
 def test_every_metric_is_documented():
-    source = (ROOT / "plumbing" / "run.py").read_text()
-    written = set(re.findall(r'^ {12}"(\w+)": ', source, re.MULTILINE))
-    documented = set(re.findall(r"^\| `(\w+)` \|", METRICS, re.MULTILINE))
+    of_run, of_lasro = ((ROOT / path).read_text() for path in ("plumbing/run.py", "lasro.py"))
+    documented, more = (set(re.findall(r"^\| `(\w+)` \|", part, re.MULTILINE)) for part in METRICS.split("## Of lasro.py"))
+    written = set(re.findall(r'^ {12}"(\w+)": ', of_run, re.MULTILINE))
     assert len(written) > 10 and written == documented
+    written = set(re.findall(r'^ {8}"(\w+)": ', of_lasro, re.MULTILINE)) | set(re.findall(r'{"(\w+)": one_step}', of_lasro))
+    assert len(written) > 7 and written == more
 
 
 def test_the_loop_from_python_runs(model_folder, capsys):
