@@ -83,7 +83,7 @@ def parse(argv: list[str]) -> tuple[EvaluationConfig, list[Model]]:
         parser.set_defaults(
             rewards=[name for name, _ in parse_weighted(trained[0]["reward"])],
             output_dir=str(Path(first.runs[0], "evaluation")),
-            **{name: trained[0][name] for name in OF_THE_RUN},
+            **{name: trained[0][name] for name in OF_THE_RUN if name in trained[0]},
         )
         if first.protocol == "none":
             parser.set_defaults(prompts=[trained[0]["eval_prompts"] or trained[0]["prompts"]])
@@ -189,7 +189,7 @@ def all_predict(
     file = results.prediction(model.name, set_name)
     parts = parse_weighted(model.run["reward"]) if model.run else []
     number, B = min(config.predicted, len(prompts)), min(config.images_per_prompt, 8)
-    known = parts and model.run["method"] == "prdp" and not model.checkpoint and all(name in config.rewards for name, _ in parts)
+    known = parts and model.run.get("method") == "prdp" and not model.checkpoint and all(name in config.rewards for name, _ in parts)
     if not known or B < 2 or number < 1 or processes.all_succeed(file.exists)[0]:  # as the first process sees it
         return
 

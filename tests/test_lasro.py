@@ -9,6 +9,7 @@ import torch
 from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file
 
+import evaluate
 import lasro
 import train
 from lasro import (
@@ -377,3 +378,11 @@ def test_a_single_step_has_nothing_to_train(finished, tmp_path, capsys):
         flags = ["--preset", "toy", "--model", str(finished / "pipeline"), "--num_steps", "1"]
         train.main([*flags, "--output_dir", str(tmp_path / "run")])
     assert "num_steps=1: no step of this model has noise, so there is no log-prob to train" in capsys.readouterr().err
+
+
+def test_a_run_is_evaluated_like_any_other(finished, tmp_path):
+    evaluate.main(
+        ["--runs", str(finished), "--prompts", "toy-small:4", "--images_per_prompt", "1", "--output_dir", str(tmp_path / "found")]
+    )
+    rows = json.loads((tmp_path / "found" / "results.json").read_text())["results"]
+    assert [row["model"] for row in rows] == ["base", "tuned"] and rows[0]["mean"] != rows[1]["mean"]
