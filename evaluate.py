@@ -189,7 +189,9 @@ def all_predict(
     file = results.prediction(model.name, set_name)
     parts = parse_weighted(model.run["reward"]) if model.run else []
     number, B = min(config.predicted, len(prompts)), min(config.images_per_prompt, 8)
-    known = parts and model.run.get("method") == "prdp" and not model.checkpoint and all(name in config.rewards for name, _ in parts)
+    known = (
+        parts and model.run.get("method") == "prdp" and not model.checkpoint and all(name in config.rewards for name, _ in parts)
+    )
     if not known or B < 2 or number < 1 or processes.all_succeed(file.exists)[0]:  # as the first process sees it
         return
 

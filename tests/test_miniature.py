@@ -7,11 +7,11 @@ import random
 import pytest
 import torch
 from conftest import ROOT
-from diffusers import StableDiffusionPipeline
+from diffusers import LCMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from benchmarks import card
-from miniature import WEIGHTS, build, world
+from miniature import TURBO, WEIGHTS, build, distil, world
 from plumbing.pipeline import load_pipeline
 from plumbing.prompts import load_prompts
 
@@ -245,3 +245,44 @@ def test_the_miniature_is_as_it_should_be():
         assert 0.4 < said["alignment"]["guidance 1"]["T = 5"] < 0.65 < said["alignment"]["guidance 3"]["T = 5"]
     made = json.loads((WEIGHTS / "made.json").read_text())
     assert made["steps"] == build.STEPS and made["batch"] == build.BATCH and made["seed"] == 0
+
+
+def test_an_interrupted_distillation_goes_on_to_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "BATCH", 4)
+    monkeypatch.setattr(build, "SAVE_EVERY", 1)
+    distil.distil(tmp_path / "whole", seed=1, steps=3, pictures=6)
+    losses, loss = [], distil.consistency_loss
+
+    def failing(*arguments):
+        losses.append(0)
+        if len(losses) == 3:
+            raise KeyboardInterrupt
+        return loss(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(distil, "consistency_loss", failing)
+        with pytest.raises(KeyboardInterrupt):
+            distil.distil(tmp_path / "parts", seed=1, steps=3, pictures=6)
+        losses.clear()
+        distil.distil(tmp_path / "parts", seed=1, steps=3, pictures=6)
+    assert len(losses) == 1 and sorted(path.name for path in tmp_path.iterdir()) == ["parts", "whole"]
+    whole, parts, before = files(tmp_path / "whole"), files(tmp_path / "parts"), files(WEIGHTS)
+    assert whole == parts and whole.keys() == before.keys()
+    assert [name for name in before if before[name] != whole[name]] == ["unet/diffusion_pytorch_model.safetensors"]
+    with pytest.raises(FileExistsError, match="choose another folder"):
+        distil.distil(tmp_path / "whole")
+
+
+def test_the_miniature_in_two_steps_scores_what_its_card_says():
+    """It opens as it is, in half the space, and draws in one and in two steps what results/turbo.json says, to .005."""
+    assert sum(path.stat().st_size for path in TURBO.rglob("*") if path.is_file()) < 4e6
+    weights = load_file(TURBO / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
+    plain = StableDiffusionPipeline.from_pretrained(TURBO)
+    assert plain.unet.dtype == torch.float32 and isinstance(plain.scheduler, LCMScheduler)
+    pipe, found = load_pipeline("toy-turbo", torch.device("cpu")), json.loads((ROOT / "results" / "turbo.json").read_text())
+    for name, prompts in card.SETS.items():
+        for T, value in found["figures"][name]["alignment"]["guidance 1"].items():
+            assert card.alignment(pipe, prompts, 1.0, int(T.split()[-1])) == pytest.approx(value, abs=0.005), (name, T)
+    made = json.loads((TURBO / "made.json").read_text())
+    assert [made[key] for key in ("steps", "pictures", "guidance_scale")] == [distil.STEPS, distil.PICTURES, distil.GUIDANCE]

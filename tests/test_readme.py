@@ -13,7 +13,7 @@ from test_house import ROOMS
 
 from benchmarks.memory import RECIPES, passes
 from config import PRESETS, Config
-from miniature import WEIGHTS, build, world
+from miniature import TURBO, WEIGHTS, build, world
 from plumbing.figures import TARGETS, smoothed
 from plumbing.reward_models import SOURCES
 
@@ -194,7 +194,7 @@ def test_the_miniatures_card_is_what_was_measured():
             assert rows[f"alignment, {guidance}, T = 5, 10, 50"][column] == ", ".join(f"{v:.3f}" for v in by_steps.values())
     best = max(sets[0]["alignment"], key=lambda guidance: sum(said["alignment"][guidance]["T = 5"] for said in sets))
     assert best == "guidance 3" and "GUIDED := --guidance_scale 3" in (ROOT / "Makefile").read_text()
-    made = json.loads((WEIGHTS / "made.json").read_text())
+    made = made_of(WEIGHTS)
     for value in (*made["steps"].values(), *(f"{s:.0f}" for s in made["seconds"].values()), made["torch"], made["transformers"]):
         assert str(value) in page
     assert f"{int(build.MISMATCHED * build.BATCH)} of {build.BATCH} captions" in page
@@ -208,6 +208,27 @@ def test_the_miniatures_card_is_what_was_measured():
 def over_seeds(values: list[float]) -> str:
     """Mean, lowest and highest."""
     return f"{sum(values) / len(values):.3f} ({min(values):.3f}–{max(values):.3f})"
+
+
+def test_the_card_of_two_steps_is_what_was_measured():
+    page, rows = (TURBO / "README.md").read_text(encoding="utf-8"), tables((TURBO / "README.md").read_text(encoding="utf-8"))
+    teacher, found, made = (*(result(f"{name}.json")["figures"] for name in ("miniature", "turbo")), made_of(TURBO))
+    for column, name in enumerate(("one object", "two objects")):
+        by_steps = found[name]["alignment"]["guidance 1"]
+        assert rows["alignment, T = 2, 1"][column] == f"{by_steps['T = 2']:.3f}, {by_steps['T = 1']:.3f}"
+        for w, T in ((2, 10), (1, 5)):
+            assert rows[f"alignment, the teacher, guidance {w}, T = {T}"][column] == (
+                f"{teacher[name]['alignment'][f'guidance {w}'][f'T = {T}']:.3f}"
+            )
+        for attribute, value in found[name]["attributes"].items():
+            assert rows[f"{attribute}, T = 2"][column] == f"{value:.3f}"
+        assert rows["diversity within a prompt, T = 2"][column] == f"{found[name]['diversity']:.3f}"
+    assert f"{made['steps']} updates of {build.BATCH} latents, {made['pictures']} pictures" in page
+    assert f"Seed {made['seed']}, {made['threads']} thread, {made['seconds']:.0f} seconds" in " ".join(page.split())
+
+
+def made_of(weights) -> dict:
+    return json.loads((weights / "made.json").read_text())
 
 
 def test_the_papers_comparisons_are_the_committed_ones():
