@@ -69,7 +69,7 @@ def pixels(image: Tensor | Path):
 
 
 def wrapped(prompt: str, width: int) -> str:
-    """A prompt in short lines, with nothing that matplotlib takes for mathematics."""
+    """A prompt or a title in short lines, with nothing that matplotlib takes for mathematics."""
     return textwrap.fill(textwrap.shorten(prompt, 100), width).replace("$", r"\$")
 
 
@@ -197,7 +197,7 @@ def prediction(columns: dict[str, dict], path: Path) -> None:
                 table = np.array(seeds)
                 axes[row][column].fill_between(epochs, table.min(0), table.max(0), alpha=0.2, linewidth=0)
                 axes[row][column].plot(epochs, table.mean(0), marker=".", linewidth=1, label=name)
-            axes[row][column].set(xlabel="epoch", title=title if row == 0 else "")
+            axes[row][column].set(xlabel="epoch", title=wrapped(title, 22) if row == 0 else "")
             axes[row][column].axhline(0, color="0.8", linewidth=0.8, zorder=0)
             axes[row][0].set_ylabel(what)
         differences = [

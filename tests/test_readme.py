@@ -3,7 +3,7 @@
 import ast
 import json
 import re
-from statistics import fmean, median
+from statistics import median
 
 import pytest
 import torch
@@ -279,7 +279,7 @@ def test_the_papers_comparisons_are_the_committed_ones():
     assert "PRDP ends highest, {}, and DDPO falls back, to {} (".format(*at_3e_4) in section
     times = json.loads((folder / "time.json").read_text())
     minutes = sum(made["seconds"] for made in times) / 60
-    assert minutes < 160 and f"All of it took {minutes:.0f} minutes on {times[0]['machine']['cpu_cores']} CPU cores" in section
+    assert f"All of it took {minutes:.0f} minutes on {times[0]['machine']['cpu_cores']} CPU cores" in section
 
 
 def reward_at(run: dict, nats: float) -> float | None:
@@ -293,41 +293,33 @@ def reward_at(run: dict, nats: float) -> float | None:
 
 def test_predicted_differences_in_the_docs_are_the_measured_ones():
     found, rows = result("reproduce", "prediction.json"), tables(MINIATURE)
-    about = MINIATURE.split("## Predicted and actual reward differences")[1].split("\n\n")[1]
     assert list(found["runs"]) == TARGETS["prediction"].variants
-
-    def of(name: str, what: str, where: str = "seen", at: int = -1) -> list[float]:
-        return [run["curves"][where][what][at] for run in found["runs"][name].values()]
-
-    def ranged(values: list[float]) -> str:
-        return f"{fmean(values):.2f}" + (f" ({min(values):.2f}–{max(values):.2f})" if len(values) > 1 else "")
-
     for name, seeds in found["runs"].items():
-        assert (
-            list(seeds) == ["0", "1", "2"][: len(seeds)]
-            and f"{('one seed', 'two seeds', 'three seeds')[len(seeds) - 1]}" in about
-        )
+        (run,) = seeds.values()
+        seen, held = run["curves"]["seen"], run["curves"]["held out"]
         assert rows[name] == [
-            str(seeds["0"]["epochs"][-1]),
-            ranged(of(name, "correlation")),
-            ranged(of(name, "correlation", "held out")),
-            f"{fmean(of(name, 'slope')):.2g}, {fmean(of(name, 'slope', 'held out')):.2g}",
-            f"{fmean(of(name, 'kl_nats')):.2f} nats",
-            f"{fmean(of(name, 'reward', at=0)):.3f} → {fmean(of(name, 'reward')):.3f}",
+            str(run["epochs"][-1]),
+            f"{seen['correlation'][-1]:.2f}, {held['correlation'][-1]:.2f}",
+            f"{seen['slope'][-1]:.2g}, {held['slope'][-1]:.2g}",
+            f"{seen['kl_nats'][-1]:.2f} nats",
+            f"{seen['reward'][0]:.3f} → {seen['reward'][-1]:.3f}",
         ]
 
-    def mean(name: str, at: int = -1) -> str:
-        return f"{fmean(of(name, 'correlation', at=at)):.2f}"
+    def of(name: str, where: str = "curves") -> dict:
+        return found["runs"][name]["0"][where]
 
-    first = fmean(run["training"]["correlation"][0] for run in found["runs"]["K = 4, clipped"].values())
+    at_30, at_45 = (
+        {n: of(n)["seen"]["correlation"][i] for n in found["runs"] if len(of(n)["seen"]["slope"]) > i} for i in (2, 3)
+    )
     section, share = " ".join(MINIATURE.split()), found["ceilings"]["toy-alignment, T = 5"]["share"]
     for text in (
-        "seen prompts is {}, {} and {} for T".format(*(mean(f"T = {T}", 2) for T in (5, 10, 20))),
-        f"with a correlation of {first:.2f}, and 15 epochs later fresh ones with {mean('K = 4, clipped')}.",
-        f"{mean('T = 5', 3)} to {mean('every weight', 3)} after 45 epochs",
-        f"give {mean('four times the pictures', 2)} after 30 epochs, where T = 5 has {mean('T = 5', 2)};",
-        f"over 120 epochs give {mean('T = 5')}.",
-        f"from a slope of {fmean(of('T = 5', 'slope')):.2f} to {share:.2f}, is the data's",
+        "seen prompts is {:.2f}, {:.2f} and {:.2f} for T".format(*(at_30[f"T = {T}"] for T in (5, 10, 20))),
+        f"with a correlation of {of('K = 4, clipped', 'training')['correlation'][0]:.2f}, and 15 epochs later",
+        f"fresh ones with {of('K = 4, clipped')['seen']['correlation'][-1]:.2f}.",
+        f"half the KL, {at_45['T = 5']:.2f} to {at_45['every weight']:.2f} after 45",
+        f"give {at_30['four times the pictures']:.2f} after 30 epochs, where T = 5 has {at_30['T = 5']:.2f};",
+        f"over 120 epochs give {of('T = 5')['seen']['correlation'][-1]:.2f}.",
+        f"from a slope of {of('T = 5')['seen']['slope'][-1]:.2f} to {share:.2f}, is the data's",
     ):
         assert text in section, text
     for name, ceiling in found["ceilings"].items():
@@ -344,14 +336,17 @@ def test_figures_beside_trl_are_the_measured_ones():
     learned = result("beside-trl-reward.json")
     assert f"after {learned['seconds']:.0f} seconds" in section
     for name, row in learned["results"].items():
-        epochs, model = [len(found["epochs"]) for found in row["seeds"].values()], {"tuned": name, "base": "base"}
         assert set(row["seeds"]) == {"0", "1", "2"} and row["learning_rate"] == max(row["search"], key=row["search"].get)
-        for kind, called in model.items():
-            scores = [
-                [found["held_out"][f"{kind}, toy-heldout-{of}"][0] for found in row["seeds"].values()] for of in ("one", "two")
-            ]
-            how = f"{row['learning_rate']} | {min(epochs)} to {max(epochs)}" if kind == "tuned" else "|"
-            assert f"| {called} | {how} | {' | '.join(map(over_seeds, scores))} |" in section, called
+        epochs = [len(found["epochs"]) for found in row["seeds"].values()]
+        base, tuned = (
+            " | ".join(
+                over_seeds([found["held_out"][f"{kind}, toy-heldout-{of}"][0] for found in row["seeds"].values()])
+                for of in ("one", "two")
+            )
+            for kind in ("base", "tuned")
+        )
+        assert f"| base | | | {base} |" in section
+        assert f"| {name} | {row['learning_rate']} | {min(epochs)} to {max(epochs)} | {tuned} |" in section, name
 
 
 def test_presets_weights_and_recipes_are_the_codes():

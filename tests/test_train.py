@@ -36,7 +36,9 @@ def few(model_folder, run):
     """An epoch of one prompt's three pictures, evaluated on one prompt."""
     prompt = run.with_suffix(".txt")
     prompt.write_text("a red ring on a black background\n")
-    return arguments(model_folder, run, "--epochs", "1", "--prompts_per_epoch", "1", "--eval_prompts", str(prompt))
+    return arguments(
+        model_folder, run, "--epochs", "1", "--updates_per_epoch", "1", "--prompts_per_epoch", "1", "--eval_prompts", str(prompt)
+    )
 
 
 def metrics(run: Path) -> list[dict]:
