@@ -15,7 +15,6 @@ The authors released no code, and little of the paper's body could be had. What 
 Letters: M pictures of one process, T steps of the generator, N prompts of an epoch, B pictures of each (the paper's N_s).
 """
 
-import copy
 import dataclasses
 from collections.abc import Callable
 
@@ -35,10 +34,11 @@ from plumbing.processes import RANK, WORLD_SIZE, Share, all_gather, all_or_none,
 from plumbing.prompts import draw_prompts
 from plumbing.replay import Replay
 from plumbing.run import Run
+from plumbing.surrogate import record, surrogate_of, surrogate_scores
 from plumbing.trainable import add_adapters, save_result, trained_parameters
 from rdp_loss import mean_over_pairs, pairwise_differences
 from rewards import Reward, RewardError
-from sampler import Condition, Policy, gaussian, noise_generator
+from sampler import Condition, Policy, draw_noise, gaussian
 from train import load
 
 
@@ -98,13 +98,7 @@ def surrogate_loss(scores: Tensor, rewards: Tensor) -> Tensor:
     return mean_over_pairs(-F.logsigmoid(pairwise_differences(scores)), rewards)
 
 
-def accuracy(scores: Tensor, rewards: Tensor) -> float:
-    """Share of the pairs with different rewards that the surrogate orders as the reward does; both (..., B)."""
-    better = pairwise_differences(rewards) > 0
-    return (pairwise_differences(scores) > 0)[better].double().mean().item()
-
-
-class Normaliser:
+class Normaliser(nn.Module):
     """S_j: R_psi of step j, centred, scaled and clipped to [-1, 1] by moving averages of its mean and of its largest deviation.
 
     So the loss does not grow with R, whose scale hard labels leave free, and steps weigh what c_j says.
@@ -112,51 +106,20 @@ class Normaliser:
     """
 
     def __init__(self, num_steps: int, decay: float):
-        self.mean, self.scale, self.decay, self.begun = torch.zeros(num_steps), torch.ones(num_steps), decay, False
+        super().__init__()
+        self.decay = decay
+        for name, start in (("mean", torch.zeros(num_steps)), ("scale", torch.ones(num_steps)), ("begun", torch.tensor(False))):
+            self.register_buffer(name, start)
 
-    def __call__(self, scores: Tensor) -> Tensor:
+    def forward(self, scores: Tensor) -> Tensor:
         """(M, T) -> (M, T)."""
         return ((scores - self.mean.to(scores)) / self.scale.to(scores)).clamp(-1, 1)
 
     def update(self, scores: Tensor) -> None:
         """After scores (M, T) of all processes; the first sets the averages."""
-        decay, self.begun = self.decay if self.begun else 0.0, True
-        self.mean = self.mean.lerp(scores.mean(0), 1 - decay)
-        self.scale = self.scale.lerp((scores - self.mean).abs().amax(0).clamp(min=1e-6), 1 - decay)
-
-    def state_dict(self) -> dict:
-        return {"mean": self.mean, "scale": self.scale, "begun": self.begun}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.mean, self.scale, self.begun = state["mean"], state["scale"], state["begun"]
-
-
-def surrogate_of(unet: nn.Module, num_steps: int) -> nn.Module:
-    """R_psi: reads latents with the down and mid blocks of a UNet2DConditionModel, copied, and puts out R of each step, (M, T).
-
-    OURS: one network with an output for every step of the generator, told that the latents are clean (timestep 0); the head.
-    """
-    surrogate, width = copy.deepcopy(unet), unet.config.block_out_channels[-1]
-    surrogate.up_blocks, surrogate.conv_norm_out = nn.ModuleList(), None
-    surrogate.conv_out = nn.Sequential(
-        nn.GroupNorm(unet.config.norm_num_groups, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1),
-        nn.SiLU(), nn.Conv2d(width, width, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_steps),
-    ).to(unet.device)  # fmt: skip
-    nn.init.zeros_(surrogate.conv_out[-1].weight)
-    nn.init.zeros_(surrogate.conv_out[-1].bias)
-    return surrogate.requires_grad_(True)
-
-
-def surrogate_scores(critic: Callable[[Tensor, Tensor, Condition], Tensor], z: Tensor, cond: Condition) -> Tensor:
-    """R_psi(z_j, c) of pictures (M, T, C, H, W), each by the output of its step -> (M, T)."""
-    clean = torch.zeros(len(z), dtype=torch.long, device=z.device)
-    return torch.stack([critic(z[:, step], clean, cond)[:, step] for step in range(z.shape[1])], 1)
-
-
-def draw_noise(policy: Policy, seed: int, names: list[tuple], count: int) -> Tensor:
-    """(M, count, C, H, W); that of a picture depends on its name (epoch, n, b, stream) alone."""
-    generators = [noise_generator(seed, *name) for name in names]
-    return torch.stack([torch.randn(count, *policy.latent_shape, generator=g) for g in generators]).to(policy.device)
+        left, self.begun = self.decay * self.begun, torch.tensor(True)
+        self.mean = self.mean.lerp(scores.mean(0), 1 - left)
+        self.scale = self.scale.lerp((scores - self.mean).abs().amax(0).clamp(min=1e-6), 1 - left)
 
 
 # fmt: off
@@ -253,29 +216,6 @@ def finetune(config: LasroConfig, run: Run, pipe, policy: Policy, critic: Guided
             run.lap("generator")
             run.all_finish(record(rewards, scores, learned, made, run.lap.seconds, normaliser))
 # fmt: on
-
-
-def record(
-    rewards: Tensor, scores: Tensor, learned: list[Tensor], made: list[Tensor], seconds: dict[str, float], normaliser: Normaliser
-) -> dict:
-    """What an epoch has found (docs/metrics.md); by step, from the first.
-
-    rewards, scores: (N, B, T), true and by the surrogate as it was before it learned from them; learned, made: of every update of
-    the surrogate its loss (P,), of the generator R_psi and L_lcm (G, T + 1).
-    """
-    by_step = list(zip(scores.unbind(-1), rewards.unbind(-1), strict=True))
-    generated = torch.stack(made).flatten(0, 1) if made else None
-    return {
-        "reward_mean": rewards[..., -1].mean().item(),
-        "reward_std": rewards[..., -1].std().item(),
-        "reward_by_step": rewards.mean((0, 1)).tolist(),
-        "surrogate_accuracy": [accuracy(*pair) for pair in by_step],
-        "surrogate_by_step": scores.mean((0, 1)).tolist(),
-        "surrogate_loss": torch.stack(learned).mean().item() if learned else None,
-        "normalised_reward": None if generated is None else normaliser(generated[:, :-1]).mean(0).tolist(),
-        "anchor_loss": None if generated is None else generated[:, -1].mean().item(),
-        "images_per_second": rewards.numel() / sum(seconds.values()),
-    }
 
 
 def main(argv: list[str]) -> None:

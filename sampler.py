@@ -148,6 +148,12 @@ def noise_generator(seed: int, epoch: int, prompt: int, image: int, stream: int)
     return torch.Generator().manual_seed(int(state[0]))
 
 
+def draw_noise(policy: Policy, seed: int, names: list[tuple], count: int) -> Tensor:
+    """(M, count, C, H, W); that of a picture depends on its name (epoch, n, b, stream) alone."""
+    generators = [noise_generator(seed, *name) for name in names]
+    return torch.stack([torch.randn(count, *policy.latent_shape, generator=g) for g in generators]).to(policy.device)
+
+
 @torch.no_grad()
 def sample_trajectories(
     policy: Policy, cond: Condition, names: Sequence[tuple[int, int, int, int]], batch_size: int, *,

@@ -12,19 +12,12 @@ from safetensors.torch import load_file
 import evaluate
 import lasro
 import train
-from lasro import (
-    Normaliser,
-    accuracy,
-    consistency_loss,
-    generate,
-    surrogate_loss,
-    surrogate_of,
-    surrogate_scores,
-)
+from lasro import Normaliser, consistency_loss, generate, surrogate_loss
 from miniature import build
 from plumbing.anchor import consistency_scheduler
 from plumbing.pipeline import ddim_scheduler, encode_prompts, lcm_scheduler, noise_schedule, pipeline_policy
 from plumbing.replay import Replay
+from plumbing.surrogate import accuracy, surrogate_of, surrogate_scores
 from sampler import Policy
 
 SCALED_LINEAR = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
@@ -285,7 +278,10 @@ def test_the_generator_rests_while_the_surrogate_is_pretrained(finished, model_f
     assert lines[2]["eval_reward"] == start["eval_reward"] != last["eval_reward"]
     assert lines[2]["eval_reward_one_step"] == start["eval_reward_one_step"] != start["eval_reward"]
     assert [line["anchor_loss"] is None for line in lines[1:]] == [True, True, False, False]
-    assert lines[1]["surrogate_by_step"] == [0, 0]  # an untrained one says nothing
+    assert lines[1]["surrogate_by_step"] == [0, 0] and lines[1]["surrogate_accuracy"] == [
+        0.5,
+        0.5,
+    ]  # an untrained one says nothing
     assert all(len(line["surrogate_accuracy"]) == 2 and line["surrogate_loss"] < 0.75 for line in lines[1:])
     before = load_file(model_folder / "unet" / "diffusion_pytorch_model.safetensors")
     assert all(not torch.equal(tensor, before[name]) for name, tensor in weights(finished).items() if "attn" in name)
