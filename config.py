@@ -179,7 +179,7 @@ class LasroConfig(Common):
     preset: str = setting("toy-turbo", "Named settings to start from.")
     model: str = setting("toy-turbo", "Pipeline of few steps: 'toy-turbo', a folder, or a hub id; where the generator starts.")
     num_steps: int = setting(2, "T, steps of the generator: 1, 2 or a few.")
-    guidance_scale: float = setting(1.0, "Of the generator; 1 for none, which is what most models of few steps are made for.")
+    guidance_scale: float = setting(1.0, "Of the generator; 1 for none, as Turbo models are made. LCM are told it.")
     sample_batch_size: int = setting(16, "Pictures sampled, decoded and scored at a time, per process.")
     train_batch_size: int = setting(16, "Pictures per backward pass, per process.")
     surrogate_learning_rate: float = setting(1e-4, "Of AdamW, for psi.")
@@ -219,6 +219,7 @@ LASRO_PRESETS: dict[str, dict] = {
     ),
     "sd-turbo": TURBO | dict(model="stabilityai/sd-turbo", teacher="stabilityai/stable-diffusion-2-1-base"),
     "sdxl-turbo": TURBO | dict(model="stabilityai/sdxl-turbo", teacher="stabilityai/stable-diffusion-xl-base-1.0", lora_rank=64),
+    "lcm": TURBO | dict(model="SimianLuo/LCM_Dreamshaper_v7", teacher="Lykon/dreamshaper-7", guidance_scale=7.5),
 }  # fmt: skip
 
 MAY_CHANGE_ON_RESUME = {

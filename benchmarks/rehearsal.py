@@ -3,6 +3,7 @@
     python -m benchmarks.rehearsal FOLDER                     # Stable Diffusion v1.4's exact shape (4.3 GB), tiny reward models
     python -m benchmarks.rehearsal FOLDER --rewards full      # reward models of the real shapes too (12 GB more)
     python -m benchmarks.rehearsal FOLDER --pipeline tiny     # everything tiny: the whole program within a minute on a CPU
+    python -m benchmarks.rehearsal FOLDER --pipeline sd-turbo # a model of few steps, for lasro.py; also sdxl-turbo and lcm
 
 Prints the command that trains on them. Pictures and scores mean nothing; memory, speed and file handling are the real ones.
 """
@@ -18,35 +19,82 @@ import open_clip
 import pyarrow
 import pyarrow.parquet
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from torch import nn
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils import logging
 
+from config import LASRO_PRESETS
 from plumbing.errors import one_line_errors
 from plumbing.prompts import ANIMALS, ON_THE_HUB
 from plumbing.reward_models import SOURCES
 
+NOISE = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1)
+PNDM = PNDMScheduler(**NOISE, skip_prk_steps=True)
+VAE = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512)
+TEXT = dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768)
+SMALL_VAE = dict(block_out_channels=(16, 16, 16, 16), layers_per_block=1, norm_num_groups=4)
+TINY_TEXT = dict(hidden_size=32, intermediate_size=64, num_attention_heads=4, num_hidden_layers=2, projection_dim=32)
+TINY_UNET = dict(
+    sample_size=8, cross_attention_dim=32, block_out_channels=(16, 16, 32, 32), layers_per_block=1, norm_num_groups=4
+)
+XL_BLOCKS = dict(
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    addition_embed_type="text_time", use_linear_projection=True,
+)  # fmt: skip
 # Only what differs from the libraries' defaults, which are Stable Diffusion's.
 PIPELINES = {
-    "full": dict(
-        unet=dict(sample_size=64, cross_attention_dim=768),
-        vae=dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512),
-        text=dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768),
-    ),
+    "full": dict(scheduler=PNDM, unet=dict(sample_size=64, cross_attention_dim=768), vae=VAE, text=TEXT),
     "small": dict(  # what benchmarks.beside_trl times
+        scheduler=PNDM,
         unet=dict(sample_size=16, cross_attention_dim=32, block_out_channels=(32, 64, 128, 128), layers_per_block=1),
-        vae=dict(block_out_channels=(16, 16, 16, 16), layers_per_block=1, sample_size=128, norm_num_groups=4),
-        text=dict(hidden_size=32, intermediate_size=64, num_attention_heads=4, num_hidden_layers=2, projection_dim=32),
+        vae=SMALL_VAE | dict(sample_size=128), text=TINY_TEXT,
     ),
-    "tiny": dict(
-        unet=dict(
-            sample_size=8, cross_attention_dim=32, block_out_channels=(16, 16, 32, 32), layers_per_block=1, norm_num_groups=4
+    "tiny": dict(scheduler=PNDM, unet=TINY_UNET, vae=SMALL_VAE | dict(sample_size=64), text=TINY_TEXT),
+    # Models of few steps, for lasro.py
+    "sd-turbo": dict(
+        scheduler=EulerDiscreteScheduler(**NOISE, timestep_spacing="trailing"), vae=VAE,
+        unet=dict(sample_size=64, cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True),
+        text=dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=16, num_hidden_layers=23, hidden_act="gelu"),
+    ),
+    "sdxl-turbo": dict(
+        scheduler=EulerAncestralDiscreteScheduler(**NOISE, timestep_spacing="trailing"), vae=VAE | dict(scaling_factor=0.13025),
+        unet=XL_BLOCKS | dict(
+            sample_size=64, cross_attention_dim=2048, block_out_channels=(320, 640, 1280), attention_head_dim=(5, 10, 20),
+            transformer_layers_per_block=(1, 2, 10), addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
         ),
-        vae=dict(block_out_channels=(16, 16, 16, 16), layers_per_block=1, sample_size=64, norm_num_groups=4),
-        text=dict(hidden_size=32, intermediate_size=64, num_attention_heads=4, num_hidden_layers=2, projection_dim=32),
+        text=TEXT,
+        text_2=dict(hidden_size=1280, intermediate_size=5120, num_attention_heads=20, num_hidden_layers=32, hidden_act="gelu",
+                    projection_dim=1280),
     ),
-}
+    "lcm": dict(
+        scheduler=LCMScheduler(**NOISE), unet=dict(sample_size=64, cross_attention_dim=768, time_cond_proj_dim=256), vae=VAE,
+        text=TEXT,
+    ),
+    "tiny-sdxl-turbo": dict(
+        scheduler=EulerAncestralDiscreteScheduler(**NOISE, timestep_spacing="trailing"), vae=SMALL_VAE | dict(sample_size=64),
+        unet=XL_BLOCKS | dict(
+            sample_size=8, cross_attention_dim=64, block_out_channels=(16, 16, 32), layers_per_block=1, norm_num_groups=4,
+            attention_head_dim=4, addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 32,
+        ),
+        text=TINY_TEXT, text_2=TINY_TEXT,
+    ),
+    "tiny-lcm": dict(
+        scheduler=LCMScheduler(**NOISE), unet=TINY_UNET | dict(time_cond_proj_dim=32), vae=SMALL_VAE | dict(sample_size=64),
+        text=TINY_TEXT,
+    ),
+}  # fmt: skip
 TINY_TOWER = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
 REWARDS = {
     "full": dict(
@@ -94,18 +142,19 @@ def clip_tokenizer() -> CLIPTokenizer:
 
 
 def make_pipeline(folder: Path, size: str) -> None:
-    """A StableDiffusionPipeline in the classes and files of CompVis/stable-diffusion-v1-4."""
+    """A pipeline in the classes and files of the model of that shape, CompVis/stable-diffusion-v1-4 for full."""
     shape = PIPELINES[size]
-    StableDiffusionPipeline(
-        unet=UNet2DConditionModel(**shape["unet"]),
-        vae=AutoencoderKL(**VAE_BLOCKS, **shape["vae"]),
-        text_encoder=CLIPTextModel(CLIPTextConfig(vocab_size=49408, **shape["text"])),
-        tokenizer=clip_tokenizer(),
-        scheduler=PNDMScheduler(
-            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1, skip_prk_steps=True
-        ),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    ).save_pretrained(folder)  # fmt: skip
+    parts = dict(
+        unet=UNet2DConditionModel(**shape["unet"]), vae=AutoencoderKL(**VAE_BLOCKS, **shape["vae"]), scheduler=shape["scheduler"],
+        text_encoder=CLIPTextModel(CLIPTextConfig(vocab_size=49408, **shape["text"])), tokenizer=clip_tokenizer(),
+    )  # fmt: skip
+    if "text_2" in shape:
+        second = CLIPTextModelWithProjection(CLIPTextConfig(vocab_size=49408, **shape["text_2"]))
+        pipe = StableDiffusionXLPipeline(**parts, text_encoder_2=second, tokenizer_2=clip_tokenizer(), add_watermarker=False)
+    else:
+        kind = LatentConsistencyModelPipeline if isinstance(shape["scheduler"], LCMScheduler) else StableDiffusionPipeline
+        pipe = kind(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    pipe.save_pretrained(folder)
 
 
 def make_rewards(folder: Path, size: str) -> dict[str, Path]:
@@ -159,7 +208,12 @@ def main(argv: list[str]) -> None:
     with one_line_errors(ValueError, OSError):
         flags = make(arguments.folder, arguments.pipeline, arguments.rewards)
     print("Train on it with any preset, for example:\n")
-    print(f"python train.py --preset multi-reward --output_dir runs/rehearsal {' '.join(flags)}")
+    preset = arguments.pipeline.removeprefix("tiny-")
+    if preset in LASRO_PRESETS:
+        run = f"lasro.py --preset {preset} --teacher {arguments.folder / 'pipeline'}"
+    else:
+        run = "train.py --preset multi-reward"
+    print(f"python {run} --output_dir runs/rehearsal {' '.join(flags)}")
 
 
 if __name__ == "__main__":

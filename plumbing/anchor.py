@@ -46,13 +46,17 @@ def few_step_policy(pipe: DiffusionPipeline, num_steps: int, config: LasroConfig
 
 
 def solver_policies(
-    pipe: DiffusionPipeline, target: nn.Module, teacher: DiffusionPipeline, guidance_scale: float, autocast: str = "no"
-) -> tuple[Policy, Policy, Policy]:
-    """The student (pipe's UNet), the target and the guided teacher at the levels of the teacher's ODE, which are LCM's."""
+    pipe: DiffusionPipeline, target: nn.Module, teacher: DiffusionPipeline, guidance_scale: float, of_student: float = 1.0,
+    autocast: str = "no",
+) -> tuple[Policy, Policy, Policy]:  # fmt: skip
+    """The student (pipe's UNet), the target and the guided teacher at the levels of the teacher's ODE, which are LCM's.
+
+    guidance_scale: of the teacher; of_student: of the other two, as the student is drawn.
+    """
     uncond, scheduler = encode_prompts(pipe, None), consistency_scheduler(pipe)
     student, of_target, of_teacher = (
         unet_policy(unet, uncond, scheduler, guidance_scale=w, eta=1.0, autocast=autocast)
-        for unet, w in ((pipe.unet, 1.0), (target, 1.0), (teacher.unet, guidance_scale))
+        for unet, w in ((pipe.unet, of_student), (target, of_student), (teacher.unet, guidance_scale))
     )
     predicts = teacher.scheduler.config.prediction_type
     ode = dataclasses.replace(of_teacher.schedule, consistency=False, eta=0.0, prediction_type=predicts)
@@ -95,5 +99,5 @@ def load_anchor(config: LasroConfig, pipe: DiffusionPipeline, target: AveragedMo
             config.autocast,
         )  # fmt: skip
         all_wait_for_first(lambda: save_file({"x_0": x_0}, file))
-    policies = solver_policies(pipe, target.module, teacher, config.teacher_guidance, config.autocast)
+    policies = solver_policies(pipe, target.module, teacher, config.teacher_guidance, config.guidance_scale, config.autocast)
     return Anchor(drawn, load_file(file)["x_0"], target, policies)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler, UNet2DConditionModel
+from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
@@ -49,17 +50,22 @@ class GuidedUNet:
 
     unet: UNet2DConditionModel
     uncond: Embeddings  # of the empty prompt, one row
-    guidance_scale: float  # w; 1 skips the unconditional half
+    guidance_scale: float  # w; 1 skips the unconditional half, and so does a UNet that is told w
     autocast: torch.dtype | None = None  # of the UNet's forward pass; None is the weights' own precision
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Embeddings) -> Tensor:
-        guided, tensors = self.guidance_scale != 1, cond.tensors
+        told, tensors, timestep_cond = self.unet.config.time_cond_proj_dim, cond.tensors, None
+        guided = self.guidance_scale != 1 and not told
+        if told:  # a latent consistency model that was distilled for many w (arXiv 2310.04378): w - 1 like a timestep
+            at = torch.full((len(x_t),), 1000.0 * (self.guidance_scale - 1), device=x_t.device)
+            timestep_cond = get_timestep_embedding(at, told, downscale_freq_shift=1)
         if guided:
             tensors = {k: torch.cat([self.uncond.tensors[k].expand_as(v), v]) for k, v in tensors.items()}
             x_t, t = torch.cat([x_t, x_t]), torch.cat([t, t])
         with torch.autocast(x_t.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
             # SDXL finds its pooled text and sizes in added_cond_kwargs; Stable Diffusion 1 and 2 ignore that argument.
-            output = self.unet(x_t, t, tensors["encoder_hidden_states"], added_cond_kwargs=tensors).sample
+            states = tensors["encoder_hidden_states"]
+            output = self.unet(x_t, t, states, timestep_cond=timestep_cond, added_cond_kwargs=tensors).sample
         output = output.to(torch.promote_types(output.dtype, torch.float32))
         if not guided:
             return output

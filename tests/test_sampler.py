@@ -6,7 +6,14 @@ import math
 import pytest
 import torch
 from conftest import SD_V1_4_SCHEDULER, answering, make_pipeline, make_policy
-from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from torch.distributions import Normal
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -187,6 +194,27 @@ def test_sdxl_trajectories_equal_its_pipeline(pipe):
     generators = [noise_generator(7, 0, n, 0, stream=1) for n in range(2)]
     x_0 = xl(
         PROMPTS, latents=latents[:, 0], generator=generators, num_inference_steps=5, guidance_scale=3.0, eta=1.0,
+        output_type="latent",
+    ).images  # fmt: skip
+    torch.testing.assert_close(latents[:, -1], x_0, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 7.5])
+def test_trajectories_of_a_consistency_model_equal_its_pipeline(pipe, guidance_scale):
+    """Such a UNet is told w; there is no second, unconditional pass."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(**{k: v for k, v in pipe.unet.config.items() if k[0] != "_"} | dict(time_cond_proj_dim=32))
+    torch.nn.init.normal_(unet.time_embedding.cond_proj.weight, std=0.3)
+    lcm = LatentConsistencyModelPipeline(
+        pipe.vae, pipe.text_encoder, pipe.tokenizer, unet.requires_grad_(False).eval(),
+        LCMScheduler.from_config(pipe.scheduler.config, clip_sample=False), None, None, requires_safety_checker=False,
+    )  # fmt: skip
+    lcm.set_progress_bar_config(disable=True)
+    policy = make_policy(lcm, 4, guidance_scale)
+    latents = trajectories(policy, lcm, images=1).latents
+    generators = [noise_generator(7, 0, n, 0, stream=1) for n in range(2)]
+    x_0 = lcm(
+        PROMPTS, latents=latents[:, 0], generator=generators, num_inference_steps=4, guidance_scale=guidance_scale,
         output_type="latent",
     ).images  # fmt: skip
     torch.testing.assert_close(latents[:, -1], x_0, rtol=1e-4, atol=1e-4)
