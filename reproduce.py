@@ -1,13 +1,13 @@
-"""The paper's comparisons in miniature, a command each, and three that it does not have: shared, variance and prediction.
+"""The paper's comparisons in miniature, a command each, and some that it does not have: shared, lasro, prediction, ...
 
     python reproduce.py fig3              # with and without clipping, small and large scale, PRDP and DDPO: Fig. 3 and Table 5
     python reproduce.py all               # every target; a run that several need is made once
     python reproduce.py all --lengthen 5 --jobs 8 --folder runs/long     # where there is a GPU
 
-Every run is one of train.py and every score one of evaluate.py, on the embedded model, with the settings below. For every method
-and scale (but prediction's) the learning rate is chosen first, by the reward at the end of a run with another seed. After an
-interruption the same command goes on where it was. Results: results/reproduce/TARGET.json and .png, learning-rates.json, and
-time.json, of every invocation, whether it came to its end or not.
+Every run is one of train.py or lasro.py and every score one of evaluate.py, on an embedded model, with the settings below. For
+every method and scale (but prediction's) the learning rate is chosen first, by the reward at the end of a run with another seed.
+After an interruption the same command goes on where it was. Results: results/reproduce/TARGET.json and .png, learning-rates.json,
+and time.json, of every invocation, whether it came to its end or not.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from config import Config
+from config import LASRO_PRESETS, PRESETS, Config, LasroConfig
 from plumbing import checkpoint, plots
 from plumbing.errors import one_line_errors
 from plumbing.figures import TARGETS, Target
@@ -35,23 +35,25 @@ from plumbing.provenance import provenance
 from plumbing.run import read_metrics
 from plumbing.scores import Results
 
-MODEL = "toy"
 SEARCH_SEED = 100
 LEARNING_RATES = ("3e-6", "1e-5", "3e-5", "1e-4", "3e-4", "1e-3", "3e-3")  # the search begins with the three in the middle
 
-BOTH = "--preset toy --prompts_per_epoch 8 --images_per_prompt 8 --log_prob_batch_size 160 --train_batch_size 160"
+BOTH = "--preset toy --eval_prompts= --prompts_per_epoch 8 --images_per_prompt 8 --log_prob_batch_size 160 --train_batch_size 160"
 # At a scale the same prompts, pictures and reward queries for all methods, and the same seeds in evaluation.
 SCALES = {
     "small": f"{BOTH} --prompts toy-small --save_every 2 --keep_every 2",
     "large": f"{BOTH} --prompts toy-train --save_every 4 --keep_every 0",
     # Where the optimum is within reach: in nats, beta a tenth of the reward's range, and adapters, whose gradients are less noisy
-    "prediction": "--preset toy --prompts toy-small --prompts_per_epoch 8 --images_per_prompt 16 --lora_rank 8 "
+    "prediction": "--preset toy --eval_prompts= --prompts toy-small --prompts_per_epoch 8 --images_per_prompt 16 --lora_rank 8 "
     "--log_prob_reduction sum --step_reduction sum --kl_weight 0.1 --save_every 15 --keep_every 15",
+    "few": "--model toy-turbo --num_steps 2 --images_per_prompt 8 --eval_every 5 --save_every 5 --keep_every 0",
 }
-EPOCHS = {"small": 12, "large": 48, "prediction": 45}
-EVALUATIONS = {
-    "small": "--prompts toy-small --images_per_prompt 16",
-    "large": "--prompts toy-train:128 toy-heldout-one toy-heldout-two --images_per_prompt 4",
+EPOCHS = {"small": 12, "large": 48, "prediction": 45, "few": 40}
+EVALUATIONS = {  # of which scale, and how
+    "small": ("small", "toy", "--prompts toy-small --images_per_prompt 16 --num_steps 5"),
+    "large": ("large", "toy", "--prompts toy-train:128 toy-heldout-one toy-heldout-two --images_per_prompt 4 --num_steps 5"),
+    "two steps": ("few", "toy-turbo", "--prompts toy-heldout --images_per_prompt 2 --num_steps 2"),
+    "one step": ("few", "toy-turbo", "--prompts toy-heldout --images_per_prompt 2 --num_steps 1"),
 }
 # Updates of an epoch are as in each method's paper. Clip ranges are theirs in nats:
 # times 64/3, for D = 768 instead of 16384. D3PO's is as wide as it can be: its 0.1 spans over 3000 nats there.
@@ -66,6 +68,10 @@ METHODS = {
         "small",
     ): "--method dpok --updates_per_epoch 5 --clip_range 2.13e-3 --kl_weight 1e-3 --max_grad_norm 0.1 --weight_decay 0",
     ("prdp", "prediction"): "--method prdp --updates_per_epoch 1 --shared_x_T",
+    # LaSRO scores a picture after each of its two steps, the others one at the end
+    ("lasro", "few"): "--preset toy-turbo --prompts_per_epoch 8",
+    ("prdp", "few"): "--preset toy --prompts_per_epoch 16",
+    ("ddpo", "few"): "--preset toy --prompts_per_epoch 16 --method ddpo --updates_per_epoch 4",
     ("d3po", "small"): "--method d3po --updates_per_epoch 8 --shared_x_T --clip_range 0.9 --kl_weight 4.7e-3",
 }
 RATES = {("prdp", "prediction"): "1e-3"}  # the others' are searched
@@ -108,6 +114,12 @@ VARIANTS: dict[str, tuple[str, str, str]] = {  # name: method, scale and what is
         "prediction",
         "--kl_weight 1e-3 --lora_rank 0 --learning_rate 2e-4 --reference_steps 1",
     ),
+    "LaSRO": ("lasro", "few", ""),
+    "LaSRO frozen": ("lasro", "few", "--surrogate_updates 0"),
+    "LaSRO without anchor": ("lasro", "few", "--anchor_weight 0"),
+    "anchor alone": ("lasro", "few", "--step_weights 0 0"),
+    "PRDP of two steps": ("prdp", "few", ""),
+    "DDPO of two steps": ("ddpo", "few", ""),
     "DDPO colour": ("ddpo", "small", "--reward toy-colourfulness"),
 }
 
@@ -129,19 +141,20 @@ def training(name: str, method: str, scale: str, flags: str, rate: str, seed: in
     """The job of a training run, to begin or to go on with; None if it is finished. ValueError if another run is in its place."""
     run = run_folder(name, seed, options)
     argv = settings(method, scale, flags, rate, options).split()
-    argv += ["--seed", str(seed), "--model", MODEL, "--eval_prompts", "", "--output_dir", str(run)]
-    wanted = parse(argv)
+    argv += ["--seed", str(seed), "--output_dir", str(run)]
+    script, kind = ("lasro.py", LasroConfig) if method == "lasro" else ("train.py", Config)
+    wanted = parse(argv, kind, LASRO_PRESETS if kind is LasroConfig else PRESETS)
     if run.exists() and not checkpoint.all_checkpoints(run):
         shutil.rmtree(run)  # it had not come far
     if run.exists():
         begun_with = json.loads((run / "config.json").read_text()) | {"resume": ""}
-        known = dataclasses.asdict(Config()) | begun_with  # what it did not know yet was as it is by default
+        known = dataclasses.asdict(kind()) | begun_with  # what it did not know yet was as it is by default
         if known != dataclasses.asdict(wanted):
             raise ValueError(f"{run} holds a run with other settings: choose another --folder, or remove it")
         if (run / "pipeline" / "model_index.json").exists():
             return None
         argv = ["--resume", str(run)]
-    return Job(run.name, [sys.executable, "train.py", *argv], run, wanted.epochs)
+    return Job(run.name, [sys.executable, script, *argv], run, wanted.epochs)
 
 
 def learning_rates(pairs: list[tuple[str, str]], options) -> dict[tuple[str, str], str]:
@@ -186,17 +199,18 @@ def learning_rates(pairs: list[tuple[str, str]], options) -> dict[tuple[str, str
     return chosen
 
 
-def evaluation_folder(scale: str, seed: int, options) -> Path:
-    return options.folder / f"evaluation-{scale}-seed{seed}"
+def evaluation_folder(name: str, seed: int, options) -> Path:
+    return options.folder / file_name("evaluation", name, f"seed{seed}")
 
 
-def evaluation(scale: str, seed: int, models: dict[str, Path], options) -> Job:
+def evaluation(name: str, seed: int, models: dict[str, Path], options) -> Job:
     """The job of scoring all models of a scale and seed; what is finished is not done again."""
-    named = [f"base={MODEL}", *(f"{name}={folder}" for name, folder in models.items())]
-    argv = [*EVALUATIONS[scale].split(), "--rewards", "toy-alignment", "toy-colourfulness", "--seed", str(seed)]
-    argv += "--num_steps 5 --guidance_scale 1 --pictures 1".split()
-    argv += ["--output_dir", str(evaluation_folder(scale, seed, options))]
-    return Job(f"evaluation-{scale}-{seed}", [sys.executable, "evaluate.py", "--models", *named, *argv])
+    _, base, flags = EVALUATIONS[name]
+    named = [f"base={base}", *(f"{name}={folder}" for name, folder in models.items())]
+    argv = [*flags.split(), "--rewards", "toy-alignment", "toy-colourfulness", "--seed", str(seed)]
+    argv += "--guidance_scale 1 --pictures 1".split()
+    argv += ["--output_dir", str(evaluation_folder(name, seed, options))]
+    return Job(f"evaluation-{file_name(name)}-{seed}", [sys.executable, "evaluate.py", "--models", *named, *argv])
 
 
 def models_of(name: str, seed: int, with_checkpoints: bool, options) -> dict[str, Path]:
@@ -218,38 +232,59 @@ def write(path: Path, result: dict, options) -> None:
     path.write_text(json.dumps(provenance("reproduce.py", options.argv) | result, indent=1) + "\n")
 
 
+def of_run(folder: Path, scale: str) -> dict:
+    """What a target's JSON keeps of a run's record, by epoch; of models of few steps also how it was evaluated on the way."""
+    lines = read_metrics(folder)
+
+    def rounded(value):
+        return [rounded(one) for one in value] if isinstance(value, list) else value if value is None else round(value, 5)
+
+    def column(key: str) -> list:
+        return [rounded(line[key]) for line in lines[1:]]
+
+    seconds = [sum(v for phase, v in line["seconds"].items() if phase != "evaluate") for line in lines[1:]]
+    if scale != "few":
+        kept = ("reward_mean", "kl_nats", "kl_nats_error", "clip_fraction")
+        return {key: column(key) for key in kept} | {"seconds": sum(sum(line["seconds"].values()) for line in lines[1:])}
+    config = json.loads((folder / "config.json").read_text())
+    kept = [key for key in ("reward_mean", "reward_by_step", "surrogate_by_step", "surrogate_accuracy") if key in lines[1]]
+    queries = config["prompts_per_epoch"] * config["images_per_prompt"] * len(lines[1].get("reward_by_step", [None]))
+    evaluated = [
+        {"queries": queries * line["epoch"], "seconds": round(sum(seconds[: line["epoch"]]), 1)}
+        | {key: rounded(line[key]) for key in ("eval_reward", "eval_reward_one_step") if key in line}
+        for line in lines if line["eval_reward"] is not None
+    ]  # fmt: skip
+    return {key: column(key) for key in kept} | {"evaluated": evaluated}
+
+
 def numbers(target: Target, seeds: list[int], chosen: dict, options) -> dict:
     """A target's JSON: settings, the record of every run, and the scores of every model."""
     runs, scores, flags_of = {}, {}, {}
     for name in target.variants:
         method, scale, flags = VARIANTS[name]
         flags_of[name] = settings(method, scale, flags, chosen[method, scale], options)
-        runs[name] = {}
+        runs[name] = {seed: of_run(run_folder(name, seed, options), scale) for seed in seeds}
+    scales = {VARIANTS[name][1] for name in target.variants}
+    for how in (how for how, (scale, _, _) in EVALUATIONS.items() if scale in scales):
         for seed in seeds:
-            lines = read_metrics(run_folder(name, seed, options))[1:]
-            run = {
-                key: [round(line[key], 5) for line in lines]
-                for key in ("reward_mean", "kl_nats", "kl_nats_error", "clip_fraction")
-            }
-            run["seconds"] = sum(sum(line["seconds"].values()) for line in lines)
-            runs[name][seed] = run
-    for scale in dict.fromkeys(VARIANTS[name][1] for name in target.variants):
-        for seed in seeds:
-            rows = json.loads((evaluation_folder(scale, seed, options) / "results.json").read_text())["results"]
+            rows = json.loads((evaluation_folder(how, seed, options) / "results.json").read_text())["results"]
             for row in rows:
                 name, at, _ = row["model"].partition("@")
                 if name == "base" or (name in target.variants and (target.checkpoints or not at)):
-                    of_set = scores.setdefault(row["model"], {}).setdefault(seed, {}).setdefault(row["prompts"], {})
+                    prompts = row["prompts"] if how in scales else how
+                    of_set = scores.setdefault(row["model"], {}).setdefault(seed, {}).setdefault(prompts, {})
                     of_set[row["reward"]] = {"mean": row["mean"], "standard_error": row["standard_error"]}
                     of_set["diversity"] = row["diversity"]
     return {"title": target.title, "settings": flags_of, "runs": runs, "scores": scores}
 
 
 def draw_pictures(target: Target, path: Path, options) -> None:
-    """The first seed's pictures of the small scale's prompts, from the same noise."""
-    prompts, results = load_prompts("toy-small"), Results(evaluation_folder("small", options.seeds[0], options))
-    shown = ["base", *(name for name in target.variants if VARIANTS[name][1] == "small")]
-    plots.grid({name: [results.picture(name, "toy-small", n) for n in range(8)] for name in shown}, prompts[:8], path, across=8)
+    """The first seed's pictures of the first prompts of an evaluation, from the same noise."""
+    scale, _, flags = EVALUATIONS[target.pictures]
+    set_name, results = flags.split()[1], Results(evaluation_folder(target.pictures, options.seeds[0], options))
+    shown = ["base", *(name for name in target.variants if VARIANTS[name][1] == scale)]
+    prompts = load_prompts(set_name)[:8]
+    plots.grid({name: [results.picture(name, set_name, n) for n in range(8)] for name in shown}, prompts, path, across=8)
 
 
 def reproduce(names: list[str], options) -> None:
@@ -267,14 +302,14 @@ def reproduce(names: list[str], options) -> None:
     work_off([job for job in jobs if job], "runs", options.jobs, options.folder / "logs")
     jobs = [measurement(name, target, options) for name, target in targets.items() if target.script]
     for seed in options.seeds:
-        for scale in EVALUATIONS:
+        for how, (scale, _, _) in EVALUATIONS.items():
             models = {}
             for target in targets.values():
                 for name in target.variants:
                     if VARIANTS[name][1] == scale:
                         models |= models_of(name, seed, target.checkpoints, options)
             if models:
-                jobs.append(evaluation(scale, seed, models, options))
+                jobs.append(evaluation(how, seed, models, options))
     work_off(jobs, "evaluation", options.jobs, options.folder / "logs")
     for name, target in targets.items():
         path = options.results / f"{name}.json"

@@ -15,7 +15,7 @@ class Target:
     panels: dict[str, list[str]]
     draw: Callable[[dict[str, list[str]], dict, Path], None]
     checkpoints: bool = False  # evaluate those that were kept on the way as well
-    pictures: bool = False  # draw the first prompts' pictures, too
+    pictures: str = ""  # of this evaluation draw the first prompts' pictures, too
     script: str = ""  # of benchmarks, which writes the JSON file itself
 
     @property
@@ -41,8 +41,10 @@ def draw_over_kl(panels: dict[str, list[str]], result: dict, path: Path) -> None
         name: [[smoothed(run[key]) for key in ("kl_nats", "reward_mean")] for run in seeds.values()]
         for name, seeds in result["runs"].items()
     }
-    lines = {title: {name: points[name] for name in names} for title, names in panels.items()}
-    plots.trails(lines, "KL from the reference, nats", "reward, both means over 5 epochs", path)
+    of_axes = "KL from the reference, nats", "reward, both means over 5 epochs"
+    plots.trails(
+        [(title, *of_axes, {name: points[name] for name in names}) for title, names in panels.items()], path, symlog=True
+    )
 
 
 def means(result: dict, model: str, prompts: str, reward: str = "toy-alignment") -> list[float]:
@@ -100,6 +102,31 @@ def draw_prediction(panels: dict[str, list[str]], result: dict, path: Path) -> N
     plots.prediction(columns, path)
 
 
+def draw_few_steps(panels: dict[str, list[str]], result: dict, path: Path) -> None:
+    """Held-out reward against queries and against seconds, and of the second step the surrogate's accuracy and its scores."""
+    names, runs = panels[""], result["runs"]
+    learned = [name for name in names if "surrogate_accuracy" in next(iter(runs[name].values()))]
+    reward = {
+        x: {name: [[[at[key] for at in run["evaluated"]] for key in (x, "eval_reward")] for run in runs[name].values()]
+            for name in names}
+        for x in ("queries", "seconds")
+    }  # fmt: skip
+    of_second_step = {
+        key: {
+            name: [[range(1, len(run[key]) + 1), smoothed([value[-1] for value in run[key]])] for run in runs[name].values()]
+            for name in learned
+        }
+        for key in ("surrogate_accuracy", "surrogate_by_step")
+    }
+    shown = [
+        ("At equal reward queries", "reward queries", "held-out reward, two steps", reward["queries"]),
+        ("At equal seconds", "seconds on one core", "held-out reward, two steps", reward["seconds"]),
+        ("Fresh pairs that the surrogate orders rightly", "epoch", "share of pairs", of_second_step["surrogate_accuracy"]),
+        ("What the surrogate says of fresh pictures", "epoch", "mean score", of_second_step["surrogate_by_step"]),
+    ]
+    plots.trails(shown, path)
+
+
 SMALL, LARGE = "small scale", "large scale"
 TARGETS = {
     "fig3": Target(
@@ -109,7 +136,7 @@ TARGETS = {
             "DDPO, small scale": ["DDPO", "DDPO unclipped"],
             LARGE: ["PRDP large", "DDPO large", "DDPO large unclipped"],
         },
-        draw_curves, pictures=True,
+        draw_curves, pictures="small",
     ),
     "table1": Target("Table 1: small scale", {SMALL: ["PRDP", "DDPO", "DPOK", "DPOK without critic", "D3PO"]}, draw_scores),
     "table2": Target("Table 2: large scale", {LARGE: ["PRDP large", "DDPO large", "DDPO large own statistics"]}, draw_scores),
@@ -117,7 +144,7 @@ TARGETS = {
     "fig8": Target(
         "Fig. 8, 10: a reward that ignores the prompt",
         {SMALL: ["PRDP beta 0.1", "PRDP beta 1", "PRDP beta 10", "DDPO colour"]},
-        draw_tradeoff, pictures=True,
+        draw_tradeoff, pictures="small",
     ),
     "fig9": Target(
         "Fig. 9: training curves",
@@ -140,6 +167,11 @@ TARGETS = {
         "Reward at equal KL from the reference",
         {SMALL: ["PRDP", "DDPO", "DPOK", "D3PO"], LARGE: ["PRDP large", "DDPO large"]},
         draw_over_kl,
+    ),
+    "lasro": Target(
+        "LaSRO and the others on a model of two steps",
+        {"": ["LaSRO", "LaSRO frozen", "LaSRO without anchor", "anchor alone", "PRDP of two steps", "DDPO of two steps"]},
+        draw_few_steps, pictures="two steps",
     ),
     "variance": Target("Gradient variance", {}, draw_signal, script="gradient_variance"),
     "prediction": Target(

@@ -138,21 +138,25 @@ def curves(panels: dict[str, dict[str, list[list[float]]]], ylabel: str, path: P
     finish(figure, path, 110)
 
 
-def trails(panels: dict[str, dict[str, list]], xlabel: str, ylabel: str, path: Path) -> None:
-    """One quantity against another, a line for every seed. panels: title -> name -> [x by epoch, y by epoch] of every seed."""
-    figure, every = plt.subplots(
-        1, len(panels), figsize=(4.8 * len(panels), 3.6), squeeze=False, sharey=True, layout="constrained"
-    )
-    for axes, (title, lines) in zip(every[0], panels.items(), strict=True):
+def trails(panels: list[tuple[str, str, str, dict[str, list]]], path: Path, symlog: bool = False) -> None:
+    """One quantity against another, a line for every seed; what has a colour in the first panel has it in all.
+
+    panels: title, labels of x and y, and name -> [x by epoch, y by epoch] of every seed; symlog: the scale of x.
+    """
+    size, order = (4.8 * len(panels), 3.6), list(panels[0][-1])
+    alike = len({ylabel for _, _, ylabel, _ in panels}) == 1
+    figure, every = plt.subplots(1, len(panels), figsize=size, squeeze=False, sharey=alike, layout="constrained")
+    for axes, (title, xlabel, ylabel, lines) in zip(every[0], panels, strict=True):
         for n, (name, seeds) in enumerate(lines.items()):
+            colour = f"C{order.index(name) if name in order else n}"
             for seed, (x, y) in enumerate(seeds):
-                axes.plot(x, y, color=f"C{n}", linewidth=1, alpha=0.8, label=None if seed else name)
-                axes.plot(x[-1:], y[-1:], "o", color=f"C{n}", markersize=4)
-        axes.set(title=title, xlabel=xlabel)
-        axes.set_xscale("symlog", linthresh=1)
+                axes.plot(x, y, color=colour, linewidth=1, alpha=0.8, label=None if seed else name)
+                axes.plot(x[-1:], y[-1:], "o", color=colour, markersize=4)
+        axes.set(title=title, xlabel=xlabel, ylabel=ylabel if axes is every[0][0] or not alike else "")
+        if symlog:
+            axes.set_xscale("symlog", linthresh=1)
         axes.legend(frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
-    every[0][0].set_ylabel(ylabel)
     finish(figure, path, 110)
 
 

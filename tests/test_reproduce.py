@@ -14,7 +14,7 @@ import evaluate
 import reproduce
 import train
 from benchmarks import gradient_variance
-from config import check
+from config import LASRO_PRESETS, LasroConfig, check, check_lasro
 from plumbing import figures, jobs, plots
 
 
@@ -25,10 +25,17 @@ def test_smoothed_is_the_mean_of_the_last_epochs():
 def test_every_variant_has_its_schedule_and_every_target_its_variants():
     for method, scale, flags in reproduce.VARIANTS.values():
         flags = f"{reproduce.SCALES[scale]} {reproduce.METHODS[method, scale]} {flags}".split()
-        config = reproduce.parse(flags)
-        check(config, 1)
+        if method == "lasro":
+            check_lasro(config := reproduce.parse(flags, LasroConfig, LASRO_PRESETS), 1)
+            queries = config.prompts_per_epoch * config.images_per_prompt * config.num_steps
+        else:
+            check(config := reproduce.parse(flags), 1)
+            queries = config.prompts_per_epoch * config.images_per_prompt
+        if scale == "few":
+            assert (config.model, config.num_steps, config.prompts, queries) == ("toy-turbo", 2, "toy-train", 128)
+            continue
         assert config.method == method.split()[0] and config.prompts == ("toy-train" if scale == "large" else "toy-small")
-        assert config.prompts_per_epoch * config.images_per_prompt in ((128, 512) if scale == "prediction" else (64,))
+        assert queries in ((128, 512) if scale == "prediction" else (64,))
     used = {name for target in figures.TARGETS.values() for name in target.variants}
     assert used == reproduce.VARIANTS.keys()
 
@@ -100,10 +107,10 @@ def began(monkeypatch) -> list[list[str]]:
 def tiny(monkeypatch, model_folder, tmp_path):
     """Runs of two epochs at one learning rate, on four prompts."""
     shorter = "--prompts_per_epoch 2 --images_per_prompt 4 --save_every 1 --keep_every 1"
-    monkeypatch.setattr(reproduce, "MODEL", str(model_folder))
-    monkeypatch.setattr(reproduce, "SCALES", {"small": f"{reproduce.SCALES['small']} {shorter}"})
+    monkeypatch.setattr(reproduce, "SCALES", {"small": f"{reproduce.SCALES['small']} {shorter} --model {model_folder}"})
     monkeypatch.setattr(reproduce, "EPOCHS", {"small": 2})
-    monkeypatch.setattr(reproduce, "EVALUATIONS", {"small": "--prompts toy-small --images_per_prompt 2"})
+    evaluation = ("small", str(model_folder), "--prompts toy-small --images_per_prompt 2 --num_steps 5")
+    monkeypatch.setattr(reproduce, "EVALUATIONS", {"small": evaluation})
     monkeypatch.setattr(reproduce, "LEARNING_RATES", ("1e-3", "1e-3", "0.5"))  # it begins with the last
     monkeypatch.chdir(ROOT)
     return ["fig7", "--seeds", "3", "--jobs", "2", "--folder", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
