@@ -48,7 +48,7 @@ SCALES = {
     "--log_prob_reduction sum --step_reduction sum --kl_weight 0.1 --save_every 15 --keep_every 15",
     "few": "--model toy-turbo --num_steps 2 --images_per_prompt 8 --eval_every 5 --save_every 5 --keep_every 0",
 }
-EPOCHS = {"small": 12, "large": 48, "prediction": 45, "few": 40}
+EPOCHS = {"small": 12, "large": 48, "prediction": 45, "few": 30}
 EVALUATIONS = {  # of which scale, and how
     "small": ("small", "toy", "--prompts toy-small --images_per_prompt 16 --num_steps 5"),
     "large": ("large", "toy", "--prompts toy-train:128 toy-heldout-one toy-heldout-two --images_per_prompt 4 --num_steps 5"),

@@ -82,6 +82,10 @@ PIPELINES = {
         scheduler=LCMScheduler(**NOISE), unet=dict(sample_size=64, cross_attention_dim=768, time_cond_proj_dim=256), vae=VAE,
         text=TEXT,
     ),
+    "tiny-sd-turbo": dict(
+        scheduler=EulerDiscreteScheduler(**NOISE, timestep_spacing="trailing"), unet=TINY_UNET,
+        vae=SMALL_VAE | dict(sample_size=64), text=TINY_TEXT,
+    ),
     "tiny-sdxl-turbo": dict(
         scheduler=EulerAncestralDiscreteScheduler(**NOISE, timestep_spacing="trailing"), vae=SMALL_VAE | dict(sample_size=64),
         unet=XL_BLOCKS | dict(

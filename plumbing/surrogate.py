@@ -17,10 +17,11 @@ def surrogate_of(unet: nn.Module, num_steps: int) -> nn.Module:
     """
     surrogate, width = copy.deepcopy(unet), unet.config.block_out_channels[-1]
     surrogate.up_blocks, surrogate.conv_norm_out = nn.ModuleList(), None
-    surrogate.conv_out = nn.Sequential(
-        nn.GroupNorm(unet.config.norm_num_groups, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1),
-        nn.SiLU(), nn.Conv2d(width, width, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_steps),
-    ).to(unet.device)  # fmt: skip
+    with unet.device:
+        surrogate.conv_out = nn.Sequential(
+            nn.GroupNorm(unet.config.norm_num_groups, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1),
+            nn.SiLU(), nn.Conv2d(width, width, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_steps),
+        )  # fmt: skip
     nn.init.zeros_(surrogate.conv_out[-1].weight)
     nn.init.zeros_(surrogate.conv_out[-1].bias)
     return surrogate.requires_grad_(True)

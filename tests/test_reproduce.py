@@ -1,6 +1,7 @@
 """The queue, the search and the figures of reproduce.py, on the small random-weight pipeline."""
 
 import argparse
+import dataclasses
 import json
 import math
 import shutil
@@ -150,6 +151,43 @@ def test_a_target_from_search_to_figure_and_nothing_twice(tiny, began, tmp_path,
     with pytest.raises(SystemExit) as stopped:
         reproduce.main(tiny)
     assert stopped.value.code == 2 and "holds a run with other settings" in capsys.readouterr().err
+
+
+def test_models_of_few_steps(tiny, model_folder, tmp_path, monkeypatch):
+    """Two programs behind one target; reward by queries and seconds, in two steps and in one."""
+    small = "--prompts toy-small --eval_prompts toy-small --prompts_per_epoch 2 --images_per_prompt 4 --eval_every 1"
+    lasro = "--preset toy-turbo --pretraining_epochs 1 --pretraining_updates 1 --surrogate_updates 1 --generator_updates 1 "
+    lasro += f"--surrogate_batch 2 --generator_batch 4 --anchor_pictures 4 --teacher {model_folder}"
+    monkeypatch.setattr(reproduce, "SCALES", {"few": f"--model {model_folder} --num_steps 2"})
+    monkeypatch.setattr(reproduce, "EPOCHS", {"few": 2})
+    monkeypatch.setattr(reproduce, "LEARNING_RATES", ("1e-3", "1e-3", "1e-3"))
+    methods = {"lasro": lasro, "prdp": "--preset toy"}
+    monkeypatch.setattr(reproduce, "METHODS", {(name, "few"): f"{flags} {small}" for name, flags in methods.items()})
+    flags = "--prompts toy-small --images_per_prompt 2 --num_steps"
+    evaluations = {how: ("few", str(model_folder), f"{flags} {n}") for how, n in (("two steps", 2), ("one step", 1))}
+    monkeypatch.setattr(reproduce, "EVALUATIONS", evaluations)
+    fewer = dataclasses.replace(figures.TARGETS["lasro"], panels={"": ["LaSRO frozen", "PRDP of two steps"]})
+    monkeypatch.setitem(figures.TARGETS, "lasro", fewer)
+    reproduce.main(["lasro", *tiny[1:]])
+    result = json.loads((tmp_path / "results" / "lasro.json").read_text())
+    runs = {name: seeds["3"] for name, seeds in result["runs"].items()}
+    assert list(runs) == fewer.variants
+    frozen, prdp = runs.values()
+    assert [at["queries"] for at in frozen["evaluated"]] == [0, 16, 32]
+    assert [at["queries"] for at in prdp["evaluated"]] == [0, 8, 16]
+    for run in (frozen, prdp):
+        start, middle, end = (at["seconds"] for at in run["evaluated"])
+        assert start == 0 < middle < end
+        assert run["evaluated"][0]["eval_reward"] == pytest.approx(prdp["evaluated"][0]["eval_reward"], abs=1e-4)
+    assert [len(by_step) for by_step in frozen["surrogate_accuracy"]] == [2, 2] and "surrogate_accuracy" not in prdp
+    assert set(result["scores"]) == {"base", *runs}
+    for seeds in result["scores"].values():
+        assert set(seeds["3"]) == {"two steps", "one step"}
+        two, one = (seeds["3"][how]["toy-alignment"]["mean"] for how in ("two steps", "one step"))
+        assert two != one
+    assert len({seeds["3"]["two steps"]["toy-alignment"]["mean"] for seeds in result["scores"].values()}) == 3
+    for name in ("lasro", "lasro-pictures"):
+        assert plots.np.asarray(plots.Image.open(tmp_path / "results" / f"{name}.png")).std() > 5
 
 
 def python(name: str, code: str) -> jobs.Job:
