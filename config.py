@@ -215,7 +215,8 @@ LASRO_PRESETS: dict[str, dict] = {
     "toy-turbo": dict(
         prompts="toy-train", eval_prompts="toy-heldout", reward=["toy-alignment"], epochs=30, prompts_per_epoch=8,
         images_per_prompt=8, learning_rate=1e-4, surrogate_learning_rate=5e-4, sample_batch_size=64, train_batch_size=64,
-        keep_every=20, anchor_pictures=256, pretraining_epochs=6, pretraining_updates=5, surrogate_updates=5, generator_updates=3, generator_batch=32,
+        keep_every=20, anchor_pictures=256, pretraining_epochs=6, pretraining_updates=5, surrogate_updates=5, generator_updates=3,
+        generator_batch=32,
     ),
     "sd-turbo": TURBO | dict(model="stabilityai/sd-turbo", teacher="stabilityai/stable-diffusion-2-1-base"),
     "sdxl-turbo": TURBO | dict(model="stabilityai/sdxl-turbo", teacher="stabilityai/stable-diffusion-xl-base-1.0", lora_rank=64),
