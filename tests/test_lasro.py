@@ -83,6 +83,7 @@ def test_normalised_rewards_do_not_see_scale_and_shift():
     torch.testing.assert_close(plain(scores), changed(3 * scores + 7), rtol=1e-4, atol=1e-5)
     assert plain(scores).abs().max() <= 1 and plain(scores).std() > 0.1
     far = torch.tensor([[100.0, 0.0]], requires_grad=True)
+    assert plain(far)[0, 0] == 1
     plain(far).sum().backward()
     assert far.grad.tolist()[0] == pytest.approx([0, 1 / plain.scale[1].item()])
     other = Normaliser(2, 0.9)
