@@ -19,7 +19,7 @@ MAY_KNOW = {  # of a file at the top, or of every file of a room; each also its 
     "distil": {"lasro", "plumbing"},  # of the miniature, by LaSRO's consistency loss
     "plumbing": {"sampler", "rdp_loss", "config", "miniature"},
     "rewards": {"plumbing", "miniature"},
-    "benchmarks": {"plumbing", "miniature", "comparators", "sampler", "rdp_loss", "config", "rewards"},
+    "benchmarks": {"plumbing", "miniature", "comparators", "sampler", "rdp_loss", "config", "rewards", "lasro"},
     "train": {*FIRST, *ROOMS},
     "evaluate": {*FIRST, *ROOMS},
     "reproduce": {*FIRST, *ROOMS},

@@ -324,7 +324,6 @@ def test_two_pass_gradient_equals_autograd_through_the_whole_loss(double, batch_
         (dict(num_steps=0), "between 1 and 1000"),
         (dict(num_steps=1000), "last timestep 999"),  # leading spacing with offset 1 would ask for timestep 1000
         (dict(config=SD_V1_4_SCHEDULER | dict(thresholding=True)), "thresholding"),
-        (dict(config=SD_V1_4_SCHEDULER | dict(set_alpha_to_one=True), num_steps=1), "no step of this scheduler has noise"),
     ],
 )
 def test_what_has_no_log_prob_is_refused(change, message):
