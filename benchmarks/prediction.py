@@ -4,7 +4,7 @@
 
 Of every run and every checkpoint it kept: predicted (beta log pi_theta/pi_ref) against actual reward of fresh trajectories, of
 prompts that it was trained on and of held-out ones (Eq. 13). For every T in the runs: the share of the reward's variance that
-steps with a Gaussian's freedom can predict at all.
+steps with a Gaussian's freedom can predict at all. What the output already holds of the same runs is not measured again.
 """
 
 import argparse
@@ -78,9 +78,13 @@ def measure(run: Path, config: Config) -> dict:
         name: {title: (x - x.mean(1, keepdim=True)).round(decimals=6).tolist() for title, x in pairs.items()}
         for name, pairs in ended.items()
     }
+    return recorded(run, config) | {"epochs": [0, *folders], "curves": result, "last": last}
+
+
+def recorded(run: Path, config: Config) -> dict:
+    """A run's settings, and what it noted itself of the pictures that it was trained on."""
     training = {name: [round(line[name], 6) for line in read_metrics(run)[1:]] for name in ("correlation", "slope")}
-    settings = dataclasses.asdict(config)
-    return {"settings": settings, "epochs": [0, *folders], "curves": result, "training": training, "last": last}
+    return {"settings": dataclasses.asdict(config), "training": training}
 
 
 @torch.no_grad()
@@ -158,24 +162,39 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--output", type=Path, required=True, help="a JSON file")
     options = parser.parse_args(argv)
     with one_line_errors(ValueError, OSError):
-        measured, ceilings = {}, {}
+        before = json.loads(options.output.read_text()) if options.output.exists() else {"runs": {}, "ceilings": {}}
+        runs: dict[str, dict[str, Path]] = {}
         for spec in options.runs:
             name, equals, folder = spec.rpartition("=")
             if not equals:
                 raise ValueError(f"--runs takes name=folder, not {spec!r}")
-            config = Config(**read_run(Path(folder)))
-            measured.setdefault(name, {})[config.seed] = measure(Path(folder), config)
-            of = f"{', '.join(config.reward)}, T = {config.num_steps}"
-            if config.num_steps > options.longest:
-                continue
-            if of not in ceilings:
-                ceilings[of] = ceiling(config, load_pipeline(config.model, CPU), options.states, options.branches)
-            if len(measured) == 1 and len(measured[name]) == 1:  # of the first run also where it has ended
-                ended = open_model(folder, config.model, CPU)
-                ceilings[f"{of}, after {name}"] = ceiling(config, ended, options.states, options.branches)
+            runs.setdefault(name, {})[str(read_run(Path(folder))["seed"])] = Path(folder)
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        result = provenance("-m benchmarks.prediction", argv) | {"runs": measured, "ceilings": ceilings}
-        options.output.write_text(json.dumps(result, indent=1) + "\n")
+
+        def write(measured: dict, ceilings: dict) -> None:
+            found = {
+                name: {seed: measured[name, seed] for seed in seeds if (name, seed) in measured} for name, seeds in runs.items()
+            }
+            result = provenance("-m benchmarks.prediction", argv) | {"runs": found, "ceilings": ceilings}
+            options.output.write_text(json.dumps(result, indent=1) + "\n")
+
+        measured = {(name, seed): row for name, seeds in before["runs"].items() for seed, row in seeds.items()}
+        ceilings, first = {}, True
+        for name, seed, folder in ((name, seed, folder) for name, seeds in runs.items() for seed, folder in seeds.items()):
+            config, row = Config(**read_run(folder)), measured.get((name, seed), {})
+            known = row | recorded(folder, config) == row
+            measured[name, seed] = row if known else measure(folder, config)
+            titles = {f"{', '.join(config.reward)}, T = {config.num_steps}": config.model}
+            if first:  # of the first run also where it has ended
+                titles |= {f"{title}, after {name}": str(folder) for title in titles}
+            for title, model in titles.items() if config.num_steps <= options.longest else ():
+                if known and title in before["ceilings"]:
+                    ceilings[title] = before["ceilings"][title]
+                elif title not in ceilings:
+                    ceilings[title] = ceiling(config, open_model(model, config.model, CPU), options.states, options.branches)
+            first = False
+            write(measured, before["ceilings"] | ceilings)
+        write(measured, ceilings)
 
 
 if __name__ == "__main__":

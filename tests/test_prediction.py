@@ -110,6 +110,27 @@ def test_curves_and_pairs_of_runs(runs, model_folder, tmp_path, monkeypatch):
     assert plots.np.asarray(plots.Image.open(drawing)).std() > 5
 
 
+def test_what_the_output_holds_of_the_same_runs_is_not_measured_again(runs, tmp_path, monkeypatch):
+    began = []
+    monkeypatch.setattr(prediction, "measure", lambda run, config: began.append(run.name) or prediction.recorded(run, config))
+    monkeypatch.setattr(prediction, "ceiling", lambda config, *rest: began.append("ceiling") or {"share": config.seed})
+    output, of = tmp_path / "prediction.json", [f"a={runs}/0", f"a={runs}/1"]
+    prediction.main(["--output", str(output), "--runs", of[0]])
+    assert began == ["0", "ceiling", "ceiling"]
+    prediction.main(["--output", str(output), "--runs", *of])
+    assert began == ["0", "ceiling", "ceiling", "1"]
+    result = json.loads(output.read_text())
+    assert list(result["runs"]["a"]) == ["0", "1"] and len(result["ceilings"]) == 2
+    result["runs"]["a"]["1"]["training"]["slope"][0] += 1  # another run's
+    output.write_text(json.dumps(result))
+    prediction.main(["--output", str(output), "--runs", *of])
+    assert (
+        began[4:] == ["1"]
+        and json.loads(output.read_text())["runs"]["a"]["1"]["training"]["slope"][0]
+        != result["runs"]["a"]["1"]["training"]["slope"][0]
+    )
+
+
 def test_wrong_input(tmp_path, capsys):
     for run, message in ((f"a={tmp_path}", "no run folder of train.py"), (str(tmp_path), "takes name=folder")):
         with pytest.raises(SystemExit) as stopped:
