@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+from itertools import pairwise
 from statistics import mean, median
 
 import pytest
@@ -330,6 +331,42 @@ def test_predicted_differences_in_the_docs_are_the_measured_ones():
         assert text in section, text
     for name, ceiling in found["ceilings"].items():
         assert rows[name] == [f"{ceiling['share']:.2f} ± {ceiling['standard_error']:.2f}", f"{ceiling['share'] ** 0.5:.2f}"]
+
+
+def at_seconds(run: dict, seconds: float) -> float:
+    """Held-out reward of a run at a time, between two evaluations a straight line."""
+    marks = run["evaluated"]
+    for before, after in pairwise(marks):
+        if after["seconds"] >= seconds:
+            share = (seconds - before["seconds"]) / (after["seconds"] - before["seconds"])
+            return before["eval_reward"] + share * (after["eval_reward"] - before["eval_reward"])
+    return marks[-1]["eval_reward"]
+
+
+def test_the_comparison_at_few_steps_is_the_measured_one():
+    found, page = result("reproduce", "lasro.json"), (ROOT / "docs" / "few-steps.md").read_text()
+    assert list(found["runs"]) == TARGETS["lasro"].variants
+    every = [run for seeds in found["runs"].values() for run in seeds.values()]
+    assert len(every) == 12 and {run["evaluated"][-1]["queries"] for run in every} == {3840}
+    assert "3840 reward queries" in page
+    shortest = min(run["evaluated"][-1]["seconds"] for run in every)
+    assert f"at {shortest:.0f} s" in page
+    for model, seeds in found["scores"].items():
+        two, one = (over_seeds([s[how]["toy-alignment"]["mean"] for s in seeds.values()]) for how in ("two steps", "one step"))
+        diversity = f"{sum(s['two steps']['diversity'] for s in seeds.values()) / len(seeds):.3f}"
+        runs = found["runs"].get(model, {}).values()
+        timed = over_seeds([at_seconds(run, shortest) for run in runs]) if runs else ""
+        ordered = [
+            sum(by_step[1] for by_step in run["surrogate_accuracy"][-5:]) / 5 for run in runs if "surrogate_accuracy" in run
+        ]
+        cells = [model, two, one, timed, over_seeds(ordered) if ordered else "", diversity]
+        assert f"| {' | '.join(cells)} |" in page, cells
+    for row in result("reproduce", "learning-rates.json")["results"]:
+        if row["scale"] == "few":
+            tried = ", ".join(
+                f"{reward:.3f} at {rate}" for rate, reward in sorted(row["reward"].items(), key=lambda r: float(r[0]))
+            )
+            assert f"| {row['method']} | {row['chosen']} | {tried} |" in page
 
 
 def test_figures_beside_trl_are_the_measured_ones():
