@@ -98,7 +98,7 @@ def train(config: Config, run: Run, pipe, policy: Policy, reference: Reference, 
 
 
 def load(
-    config: Common, device: torch.device, presets: dict[str, dict]
+    config: Common, device: torch.device, presets: dict[str, dict] = PRESETS
 ) -> tuple[list[str], list[str], Reward, DiffusionPipeline]:
     """Prompts, evaluation prompts, reward and pipeline; ValueError saying what is missing and what would need no download."""
     usual, laptop = type(config)(**presets[config.preset]).model, next(name for name in presets if name.startswith("toy"))
@@ -120,7 +120,7 @@ def main(argv: list[str]) -> None:
     with one_line_errors(ValueError, OSError):
         config = parse(argv)
         check(config, WORLD_SIZE)
-        prompts, eval_prompts, reward, pipe = load(config, processes.start(config.tf32, config.deterministic), PRESETS)
+        prompts, eval_prompts, reward, pipe = load(config, processes.start(config.tf32, config.deterministic))
         policy = pipeline_policy(
             pipe, config.num_steps, guidance_scale=config.guidance_scale, eta=config.eta,
             log_prob_reduction=config.log_prob_reduction, autocast=config.autocast,

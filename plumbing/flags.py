@@ -45,7 +45,7 @@ def parse(
     parser = Parser(kind, prog=prog, description=description, allow_abbrev=False)
     if given.resume:
         saved = checkpoint.read_state(Path(given.resume))["config"]
-        check_known(given.resume, saved, kind, prog)
+        check_known(given.resume, saved, kind)
         parser.set_defaults(**saved | {"resume": given.resume, "output_dir": given.resume})
     elif given.preset in presets:
         parser.set_defaults(preset=given.preset, output_dir=f"runs/{given.preset}", **presets[given.preset])
@@ -63,11 +63,11 @@ def parse(
     return config
 
 
-def check_known(run: str, saved: dict, kind: type, prog: str) -> None:
+def check_known(run: str, saved: dict, kind: type) -> None:
     """ValueError if a run was begun with a setting, or a value of one, that this version no longer has, or another script's."""
     kinds = {field.name: field.type for field in dataclasses.fields(kind)}
     for name, value in saved.items():
         allowed = get_args(kinds[name]) if get_origin(kinds.get(name)) is Literal else None
         if name not in kinds or (allowed and value not in allowed):
-            now = f"now it is {' or '.join(allowed)}" if allowed else f"this version of {prog} has no such setting"
+            now = f"now it is {' or '.join(allowed)}" if allowed else "this version has no such setting"
             raise ValueError(f"cannot resume {run}: it was begun with {name}={value}; {now}")

@@ -357,7 +357,7 @@ def test_wrong_settings(flags, message, capsys, model_folder, tmp_path):
 def test_a_run_of_the_other_loop_is_not_resumed(capsys, model_folder, tmp_path, finished):
     with pytest.raises(SystemExit):
         train.main(["--resume", str(finished)])
-    assert "this version of train.py has no such setting" in capsys.readouterr().err
+    assert "this version has no such setting" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", ["prdp", "ddpo", "d3po"])
