@@ -97,6 +97,39 @@ def reward_models(config: Config, sizes: dict) -> list[torch.nn.Module]:
     return [makers[name]() for name in names if name in makers]
 
 
+def normalise_in_fp32(*networks: torch.nn.Module) -> None:
+    """As CUDA's autocast has it; the CPU's, which is at work here, leaves normalisations as they come."""
+    for module in [module for network in networks for module in network.modules()]:
+        if isinstance(module, torch.nn.GroupNorm | torch.nn.LayerNorm):
+            module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+
+
+@torch.no_grad()
+def decode(vae: AutoencoderKL, latents: torch.Tensor) -> None:
+    decode_latents(SimpleNamespace(vae=vae, vae_scale_factor=8, device=latents.device), latents)
+
+
+def update(parameters: list[torch.nn.Parameter], loss_of: Callable[[], torch.Tensor]) -> None:
+    optimizer = torch.optim.AdamW(parameters, fused=True)
+    for _ in range(2):  # the second update meets the moments that the first has made
+        for _ in range(2):  # and a second backward pass the gradients of the one before
+            loss_of().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def tell(script: str, argv: list[str], output: str, rows: list[dict], head: list[str], cells: list[list[str]]) -> None:
+    """Prints a table of what was derived, and writes the rows to a JSON file, if one is wanted."""
+    if output:
+        how = "derived from tensors without content, not measured"
+        result = provenance(f"-m benchmarks.{script}", argv) | {"how": how, "unit": "GiB", "results": rows}
+        Path(output).write_text(json.dumps(result, indent=1) + "\n")
+    print(f"| GiB, derived | {' | '.join(head)} |")
+    print("|---" * (1 + len(head)) + "|")
+    for line in cells:
+        print(f"| {' | '.join(line)} |")
+
+
 def passes(config: Config) -> int:
     """Passes of single steps through the UNet in an epoch of PRDP; a backward pass is two, or one of adapters."""
     of_each = sum(speed.passes(dataclasses.replace(config, method="prdp"), config.num_steps).values())
@@ -117,9 +150,7 @@ def derive(config: Config, shape: str = "full") -> dict[str, float]:
     unet, vae = UNet2DConditionModel(**sizes["unet"]).eval(), AutoencoderKL(**rehearsal.VAE_BLOCKS, **sizes["vae"])
     for module in (unet, vae):
         module.requires_grad_(False)
-    for module in unet.modules():  # CUDA's autocast makes these fp32; the CPU's, which is at work here, leaves them as they come
-        if isinstance(module, torch.nn.GroupNorm | torch.nn.LayerNorm):
-            module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+    normalise_in_fp32(unet)
     pipe = SimpleNamespace(unet=unet)
     make_trainable(pipe, dataclasses.replace(config, compile=False))
     trained = list(trained_parameters(pipe).values())
@@ -132,7 +163,6 @@ def derive(config: Config, shape: str = "full") -> dict[str, float]:
         unet, texts(1), scheduler, guidance_scale=config.guidance_scale, eta=config.eta, autocast=config.autocast
     )
     with FakeTensorMode(allow_non_fake_inputs=True):
-        optimizer = torch.optim.AdamW(trained, fused=True)
 
         def inputs(batch: int):
             return torch.empty(batch, channels, side, side), torch.zeros(batch, dtype=torch.long), texts(batch)
@@ -145,18 +175,9 @@ def derive(config: Config, shape: str = "full") -> dict[str, float]:
         def log_probs() -> None:
             policy.denoise(*inputs(config.log_prob_batch_size))
 
-        @torch.no_grad()
-        def decode() -> None:
-            latents = torch.empty(config.sample_batch_size, channels, side, side)
-            decode_latents(SimpleNamespace(vae=vae, vae_scale_factor=8, device=latents.device), latents)
-
-        def update() -> None:
+        def loss() -> torch.Tensor:
             x_t, i, cond = inputs(config.train_batch_size)
-            for _ in range(2):  # the second update meets the moments that the first has made
-                for _ in range(2):  # and a second backward pass the gradients of the one before
-                    gaussian_log_prob(x_t, *gaussian(policy, x_t, i, cond), "mean").sum().backward()
-                optimizer.step()
-                optimizer.zero_grad()
+            return gaussian_log_prob(x_t, *gaussian(policy, x_t, i, cond), "mean").sum()
 
         trajectories = config.prompts_per_epoch * config.images_per_prompt * (config.num_steps + 1) * channels * side**2 * 4 / GIB
         bytes_each = 4 if config.reward_dtype == "fp32" else 2
@@ -169,9 +190,11 @@ def derive(config: Config, shape: str = "full") -> dict[str, float]:
             "exaflop_per_epoch": passes(config) * speed.flops_of(lambda: policy.denoise(*inputs(1))) / 1e18,
             "resident": waiting + moments,
             "sample": waiting + moments + peak_of(sample),
-            "reward": waiting + moments + peak_of(decode),
+            "reward": waiting
+            + moments
+            + peak_of(lambda: decode(vae, torch.empty(config.sample_batch_size, channels, side, side))),
             "reference": waiting + moments + visiting + peak_of(log_probs),
-            "update": waiting + peak_of(update),
+            "update": waiting + peak_of(lambda: update(trained, loss)),
         }
 
 
@@ -183,15 +206,9 @@ def main(argv: list[str]) -> None:
     with one_line_errors(ValueError, OSError):
         recipes = {"these flags": " ".join(flags)} if flags else RECIPES
         rows = [{"name": name, "flags": line} | derive(parse(line.split()), arguments.shape) for name, line in recipes.items()]
-        if arguments.output:
-            how = "derived from tensors without content, not measured"
-            result = provenance("-m benchmarks.memory", argv) | {"how": how, "unit": "GiB", "results": rows}
-            Path(arguments.output).write_text(json.dumps(result, indent=1) + "\n")
-    phases = ["resident", "sample", "reward", "reference", "update"]
-    print(f"| GiB, derived | {' | '.join(phases)} | EFLOP an epoch |")
-    print("|---" * (2 + len(phases)) + "|")
-    for row in rows:
-        print(f"| {row['name']} | {' | '.join(f'{row[phase]:.1f}' for phase in phases)} | {row['exaflop_per_epoch']:.3g} |")
+        phases = ["resident", "sample", "reward", "reference", "update"]
+        cells = [[row["name"], *(f"{row[phase]:.1f}" for phase in phases), f"{row['exaflop_per_epoch']:.3g}"] for row in rows]
+        tell("memory", argv, arguments.output, rows, [*phases, "EFLOP an epoch"], cells)
 
 
 if __name__ == "__main__":

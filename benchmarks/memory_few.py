@@ -8,10 +8,7 @@ Generator, surrogate, the generator's moving average and the teacher lie on the 
 
 import argparse
 import dataclasses
-import json
 import sys
-from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -20,14 +17,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from benchmarks import rehearsal
-from benchmarks.memory import GIB, peak_of, reward_models, size_of
+from benchmarks.memory import GIB, decode, normalise_in_fp32, peak_of, reward_models, size_of, tell, update
 from config import LASRO_PRESETS, LasroConfig
 from lasro import consistency_loss, generate, surrogate_loss
 from plumbing.anchor import consistency_scheduler
 from plumbing.errors import one_line_errors
 from plumbing.flags import parse
-from plumbing.pipeline import Embeddings, decode_latents, unet_policy
-from plumbing.provenance import provenance
+from plumbing.pipeline import Embeddings, unet_policy
 from plumbing.surrogate import surrogate_of, surrogate_scores
 from plumbing.trainable import add_adapters, trained_parameters
 
@@ -57,9 +53,7 @@ def derive(config: LasroConfig, shape: str) -> dict[str, float]:
         unet, target, teacher = (UNet2DConditionModel(**sizes["unet"]).eval().requires_grad_(False) for _ in range(3))
         vae = AutoencoderKL(**rehearsal.VAE_BLOCKS, **sizes["vae"]).requires_grad_(False)
         uncond, critic = cond(1), surrogate_of(unet, T)
-        for module in [m for network in (unet, target, teacher, critic) for m in network.modules()]:
-            if isinstance(module, torch.nn.GroupNorm | torch.nn.LayerNorm):  # as CUDA's autocast has it
-                module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+        normalise_in_fp32(unet, target, teacher, critic)
         resident = size_of(unet, target, teacher, critic, vae, *texts)
         resident += size_of(*rewards, bytes_each=4 if config.reward_dtype == "fp32" else 2)
     pipe = SimpleNamespace(unet=unet, scheduler=sizes["scheduler"])
@@ -83,19 +77,6 @@ def derive(config: LasroConfig, shape: str) -> dict[str, float]:
         some = cond(config.sample_batch_size)
         surrogate_scores(scored, generate(generator, noise(config.sample_batch_size, T), some), some)
 
-    @torch.no_grad()
-    def decode() -> None:
-        stand_in = SimpleNamespace(vae=vae, vae_scale_factor=8, device=torch.device("cpu"))
-        decode_latents(stand_in, noise(config.sample_batch_size, 1)[:, 0])
-
-    def update(parameters: list, loss_of: Callable[[], torch.Tensor]) -> None:
-        optimizer = torch.optim.AdamW(parameters, fused=True)
-        for _ in range(2):  # the second update meets the moments that the first has made
-            for _ in range(2):  # and a second backward pass the gradients of the one before
-                loss_of().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
     def l_surr() -> torch.Tensor:
         prompts = max(1, M // B)
         found = surrogate_scores(scored, noise(prompts * B, T), cond(prompts * B)).unflatten(0, (prompts, B)).mT
@@ -109,7 +90,8 @@ def derive(config: LasroConfig, shape: str) -> dict[str, float]:
 
     with without_content:
         moments = [2 * 4 * sum(parameter.numel() for parameter in some) / GIB for some in (trained, psi)]
-        phases = {"resident": sum(moments), "sample": sum(moments) + peak_of(draw), "reward": sum(moments) + peak_of(decode)}
+        phases = {"resident": sum(moments), "sample": sum(moments) + peak_of(draw)}
+        phases["reward"] = sum(moments) + peak_of(lambda: decode(vae, noise(config.sample_batch_size, 1)[:, 0]))
         phases["surrogate"] = moments[0] + peak_of(lambda: update(psi, l_surr))
         critic.requires_grad_(False)
         phases["generator"] = moments[1] + peak_of(lambda: update(trained, l_gen))
@@ -128,15 +110,9 @@ def main(argv: list[str]) -> None:
             if config.preset not in PRESETS:
                 raise ValueError(f"no shape is known of preset {config.preset}: use {', '.join(PRESETS)}")
             rows.append({"flags": line} | derive(config, f"tiny-{config.preset}" if arguments.tiny else config.preset))
-        if arguments.output:
-            how = "derived from tensors without content, not measured"
-            result = provenance("-m benchmarks.memory_few", argv) | {"how": how, "unit": "GiB", "results": rows}
-            Path(arguments.output).write_text(json.dumps(result, indent=1) + "\n")
-    phases = [name for name in rows[0] if name != "flags"]
-    print(f"| GiB, derived | {' | '.join(phases)} |")
-    print("|---" * (1 + len(phases)) + "|")
-    for row in rows:
-        print(f"| {row['flags']} | {' | '.join(f'{row[phase]:.1f}' for phase in phases)} |")
+        phases = [name for name in rows[0] if name != "flags"]
+        cells = [[row["flags"], *(f"{row[phase]:.1f}" for phase in phases)] for row in rows]
+        tell("memory_few", argv, arguments.output, rows, phases, cells)
 
 
 if __name__ == "__main__":

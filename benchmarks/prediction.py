@@ -171,30 +171,30 @@ def main(argv: list[str]) -> None:
             runs.setdefault(name, {})[str(read_run(Path(folder))["seed"])] = Path(folder)
         options.output.parent.mkdir(parents=True, exist_ok=True)
 
-        def write(measured: dict, ceilings: dict) -> None:
-            found = {
-                name: {seed: measured[name, seed] for seed in seeds if (name, seed) in measured} for name, seeds in runs.items()
-            }
+        every = [(name, seed) for name, seeds in runs.items() for seed in seeds]
+        measured = {(name, seed): row for name, seeds in before["runs"].items() for seed, row in seeds.items()}
+        ceilings = {}
+
+        def write(ceilings: dict) -> None:
+            found = {name: {seed: measured[name, seed] for seed in runs[name] if (name, seed) in measured} for name in runs}
             result = provenance("-m benchmarks.prediction", argv) | {"runs": found, "ceilings": ceilings}
             options.output.write_text(json.dumps(result, indent=1) + "\n")
 
-        measured = {(name, seed): row for name, seeds in before["runs"].items() for seed, row in seeds.items()}
-        ceilings, first = {}, True
-        for name, seed, folder in ((name, seed, folder) for name, seeds in runs.items() for seed, folder in seeds.items()):
+        for name, seed in every:
+            folder = runs[name][seed]
             config, row = Config(**read_run(folder)), measured.get((name, seed), {})
             known = row | recorded(folder, config) == row
             measured[name, seed] = row if known else measure(folder, config)
             titles = {f"{', '.join(config.reward)}, T = {config.num_steps}": config.model}
-            if first:  # of the first run also where it has ended
+            if (name, seed) == every[0]:  # of the first run also where it has ended
                 titles |= {f"{title}, after {name}": str(folder) for title in titles}
             for title, model in titles.items() if config.num_steps <= options.longest else ():
                 if known and title in before["ceilings"]:
                     ceilings[title] = before["ceilings"][title]
                 elif title not in ceilings:
                     ceilings[title] = ceiling(config, open_model(model, config.model, CPU), options.states, options.branches)
-            first = False
-            write(measured, before["ceilings"] | ceilings)
-        write(measured, ceilings)
+            write(before["ceilings"] | ceilings)
+        write(ceilings)
 
 
 if __name__ == "__main__":
