@@ -206,7 +206,7 @@ def evaluation_folder(name: str, seed: int, options) -> Path:
 def evaluation(name: str, seed: int, models: dict[str, Path], options) -> Job:
     """The job of scoring all models of a scale and seed; what is finished is not done again."""
     _, base, flags = EVALUATIONS[name]
-    named = [f"base={base}", *(f"{name}={folder}" for name, folder in models.items())]
+    named = [f"base={base}", *(f"{model}={folder}" for model, folder in models.items())]
     argv = [*flags.split(), "--rewards", "toy-alignment", "toy-colourfulness", "--seed", str(seed)]
     argv += "--guidance_scale 1 --pictures 1".split()
     argv += ["--output_dir", str(evaluation_folder(name, seed, options))]

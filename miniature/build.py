@@ -239,17 +239,27 @@ def build(folder: Path, seed: int = 0, steps: dict[str, int] = STEPS) -> None:
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     save(pipe, unfinished)
-    versions = {name: version(name) for name in ("torch", "diffusers", "transformers")}
-    made = {"seed": seed, "steps": steps, "batch": BATCH, "seconds": seconds, "threads": torch.get_num_threads()} | versions
-    (unfinished / "made.json").write_text(json.dumps(made, indent=1) + "\n")
+    write_made(unfinished, {"seed": seed, "steps": steps, "batch": BATCH, "seconds": seconds})
     unfinished.rename(folder)
     shutil.rmtree(state)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="miniature.build", description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("folder", type=Path, help="where the pipeline goes; an interrupted build goes on from FOLDER.state")
+def write_made(folder: Path, how: dict) -> None:
+    """made.json: how a pipeline was made, on how many threads and by which versions."""
+    versions = {name: version(name) for name in ("torch", "diffusers", "transformers")}
+    made = how | {"threads": torch.get_num_threads()} | versions
+    (folder / "made.json").write_text(json.dumps(made, indent=1) + "\n")
+
+
+def command(make: Callable[[Path], None], prog: str, doc: str) -> None:
+    """The command line of what makes a pipeline in a folder."""
+    parser = argparse.ArgumentParser(prog=prog, description=doc.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("folder", type=Path, help=f"where the pipeline goes; an interrupted {prog} goes on from FOLDER.state")
     try:
-        build(parser.parse_args().folder)
+        make(parser.parse_args().folder)
     except FileExistsError as error:
         parser.error(str(error))
+
+
+if __name__ == "__main__":
+    command(build, "miniature.build", __doc__)

@@ -6,11 +6,8 @@ The student begins as the miniature's UNet and learns on the teacher's own pictu
 needs no second call thereafter. All else, text encoder and autoencoder, is the miniature's. The result lies in turbo/.
 """
 
-import argparse
 import copy
-import json
 import shutil
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -66,20 +63,15 @@ def distil(folder: Path, seed: int = 0, steps: int = STEPS, pictures: int = PICT
     seconds = train_student(pipe, student, steps, pictures, state)
     torch.set_rng_state(random_state)
     pipe.unet = student
-    save_pipeline(pipe, consistency_scheduler(pipe, 2), folder)
-    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    finished = state / "pipeline"
+    save_pipeline(pipe, consistency_scheduler(pipe, 2), finished)
+    file = finished / "unet" / "diffusion_pytorch_model.safetensors"
     save_file({name: weight.half() for name, weight in load_file(file).items()}, file, metadata={"format": "pt"})
-    versions = {name: version(name) for name in ("torch", "diffusers", "transformers")}
-    made = {"seed": seed, "steps": steps, "pictures": pictures, "guidance_scale": GUIDANCE, "seconds": seconds}
-    made |= {"threads": torch.get_num_threads()} | versions
-    (folder / "made.json").write_text(json.dumps(made, indent=1) + "\n")
+    how = {"seed": seed, "steps": steps, "pictures": pictures, "guidance_scale": GUIDANCE, "seconds": seconds}
+    build.write_made(finished, how)
+    finished.rename(folder)
     shutil.rmtree(state)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="miniature.distil", description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("folder", type=Path, help="where the pipeline goes; an interrupted run goes on from FOLDER.state")
-    try:
-        distil(parser.parse_args().folder)
-    except FileExistsError as error:
-        parser.error(str(error))
+    build.command(distil, "miniature.distil", __doc__)
