@@ -242,8 +242,7 @@ def test_the_papers_comparisons_are_the_committed_ones():
         assert (folder / f"{name}.png").exists() and results[name]["versions"]["torch"] and results[name]["machine"]["cpu_cores"]
         if target.variants and not target.script:
             assert list(results[name]["runs"]) == target.variants
-            of_target = {"0", "1"} if name == "lasro" else {"0", "1", "2"}
-            assert all(set(seeds) == of_target for seeds in results[name]["runs"].values())
+            assert all(set(seeds) == {"0", "1", "2"} for seeds in results[name]["runs"].values())
     for name, sets in (("table1", ["toy-small"]), ("table2", ["toy-train:128", "toy-heldout-one", "toy-heldout-two"])):
         for model, seeds in results[name]["scores"].items():
             cells = [over_seeds([scores[of]["toy-alignment"]["mean"] for scores in seeds.values()]) for of in sets]
@@ -348,7 +347,7 @@ def test_the_comparison_at_few_steps_is_the_measured_one():
     found, page = result("reproduce", "lasro.json"), (ROOT / "docs" / "few-steps.md").read_text()
     assert list(found["runs"]) == TARGETS["lasro"].variants
     every = [run for seeds in found["runs"].values() for run in seeds.values()]
-    assert len(every) == 12 and {run["evaluated"][-1]["queries"] for run in every} == {3840}
+    assert len(every) == 18 and {run["evaluated"][-1]["queries"] for run in every} == {3840}
     assert "3840 reward queries" in page
     shortest = min(run["evaluated"][-1]["seconds"] for run in every)
     assert f"at {shortest:.0f} s" in page
