@@ -39,7 +39,9 @@ class Common:
     """What train.py and lasro.py both read."""
 
     preset: str = setting("small-hpsv2", "Named settings to start from.")
-    resume: str = setting("", "Run folder to continue, with its own settings; --epochs and the like may be raised.")
+    resume: str = setting(
+        "", "Run folder to continue, with its own settings. The command that began it goes on without this, too."
+    )
     output_dir: str = setting("", "Run folder; by default runs/PRESET.")
 
     # What is trained, on what, for what
@@ -79,6 +81,9 @@ class Common:
     # What is written
     eval_every: int = setting(10, "Epochs between pictures and scores of --eval_prompts.")
     save_every: int = setting(10, "Epochs between checkpoints.")
+    save_minutes: float = setting(
+        30.0, "Also at the end of an epoch that so many minutes after the last checkpoint ends in; 0: not."
+    )
     keep_every: int = setting(
         0, "Of the checkpoints at multiples of this the weights stay, for evaluate.py --checkpoints; 0: none."
     )
@@ -224,9 +229,9 @@ LASRO_PRESETS: dict[str, dict] = {
 }  # fmt: skip
 
 MAY_CHANGE_ON_RESUME = {
-    "resume", "output_dir", "prompts_dir", "reward_weights", "epochs", "eval_every", "save_every", "keep_every", "log_to",
-    "sample_batch_size", "log_prob_batch_size", "train_batch_size", "compile", "gradient_checkpointing", "latents_on_cpu",
-    "reference_on_cpu",
+    "resume", "output_dir", "prompts_dir", "reward_weights", "epochs", "eval_every", "save_every", "save_minutes", "keep_every",
+    "log_to", "sample_batch_size", "log_prob_batch_size", "train_batch_size", "compile", "gradient_checkpointing",
+    "latents_on_cpu", "reference_on_cpu",
 }  # fmt: skip
 
 
@@ -269,7 +274,7 @@ def check(config: Config, world_size: int) -> None:
     if config.prompts_per_epoch * config.images_per_prompt < world_size:
         trajectories = f"prompts_per_epoch={config.prompts_per_epoch} x images_per_prompt={config.images_per_prompt}"
         raise ValueError(f"{trajectories} are fewer trajectories than the {world_size} processes, each of which draws some")
-    for name in ("lora_rank", "keep_every", "seed"):
+    for name in ("lora_rank", "keep_every", "save_minutes", "seed"):
         if getattr(config, name) < 0:
             raise ValueError(f"{name} must be at least 0, not {getattr(config, name)}")
     if config.lora_rank and config.reference_on_cpu:
@@ -289,7 +294,7 @@ def check_lasro(config: LasroConfig, world_size: int) -> None:
     for name in ("target_decay", "normaliser_decay"):
         if not 0 <= getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(config, name)}")
-    counts = ("pretraining_epochs", "surrogate_updates", "generator_updates", "lora_rank", "keep_every", "seed")
+    counts = ("pretraining_epochs", "surrogate_updates", "generator_updates", "lora_rank", "keep_every", "save_minutes", "seed")
     for name in (*counts, "anchor_weight"):
         if getattr(config, name) < 0:
             raise ValueError(f"{name} must be at least 0, not {getattr(config, name)}")

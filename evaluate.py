@@ -95,11 +95,11 @@ def parse(argv: list[str]) -> tuple[EvaluationConfig, list[Model]]:
     models = [Model("base", trained[0]["model"])] if trained else []
     for run, settings in zip(config.runs, trained, strict=True):
         name = "tuned" if len(trained) == 1 else Path(run).name
-        folders = {checkpoint.epoch_of(folder): str(folder) for folder in checkpoint.all_checkpoints(Path(run))}
-        *earlier, last = folders or [None]  # the last one is the result
-        if config.checkpoints:
-            models += [Model(f"{name}@{epoch}", folders[epoch], settings, epoch, checkpoint=True) for epoch in earlier]
-        models.append(Model(name, run, settings, last))
+        for folder in checkpoint.kept_on_the_way(Path(run)) if config.checkpoints else ():
+            epoch = checkpoint.epoch_of(folder)
+            models.append(Model(f"{name}@{epoch}", str(folder), settings, epoch, checkpoint=True))
+        ended = [checkpoint.epoch_of(folder) for folder in checkpoint.all_checkpoints(Path(run))[-1:]]
+        models.append(Model(name, run, settings, *ended))
     for spec in config.models:
         name, equals, folder = spec.partition("=")
         if not equals:

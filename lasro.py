@@ -28,7 +28,7 @@ from plumbing import processes
 from plumbing.anchor import Anchor, consistency_scheduler, few_step_policy, load_anchor
 from plumbing.describe import describe_lasro
 from plumbing.errors import one_line_errors
-from plumbing.flags import parse
+from plumbing.flags import go_on, parse
 from plumbing.pipeline import GuidedUNet, count_truncated, encode_prompts, score
 from plumbing.processes import RANK, WORLD_SIZE, Share, all_gather, all_or_none, all_sum_gradients, say
 from plumbing.prompts import draw_prompts
@@ -220,7 +220,7 @@ def finetune(config: LasroConfig, run: Run, pipe, policy: Policy, critic: Guided
 
 def main(argv: list[str]) -> None:
     with one_line_errors(ValueError, OSError):
-        config = parse(argv, LasroConfig, LASRO_PRESETS, "lasro.py", "Finetuning by LaSRO.")
+        config = go_on(parse(argv, LasroConfig, LASRO_PRESETS, "lasro.py", "Finetuning by LaSRO."))
         check_lasro(config, WORLD_SIZE)
         prompts, eval_prompts, reward, pipe = load(config, processes.start(config.tf32, config.deterministic), LASRO_PRESETS)
         policy, one_step = (few_step_policy(pipe, steps, config) for steps in (config.num_steps, 1))

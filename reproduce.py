@@ -11,11 +11,9 @@ and time.json, of every invocation, whether it came to its end or not.
 """
 
 import argparse
-import dataclasses
 import json
 import math
 import os
-import shutil
 import statistics
 import sys
 import time
@@ -27,12 +25,12 @@ from config import LASRO_PRESETS, PRESETS, Config, LasroConfig
 from plumbing import checkpoint, plots
 from plumbing.errors import one_line_errors
 from plumbing.figures import TARGETS, Target
-from plumbing.flags import parse
+from plumbing.flags import go_on, parse
 from plumbing.jobs import Job, file_name, work_off
 from plumbing.processes import say
 from plumbing.prompts import load_prompts
 from plumbing.provenance import provenance
-from plumbing.run import read_metrics
+from plumbing.run import read_metrics, read_run
 from plumbing.scores import Results
 
 SEARCH_SEED = 100
@@ -143,17 +141,11 @@ def training(name: str, method: str, scale: str, flags: str, rate: str, seed: in
     argv = settings(method, scale, flags, rate, options).split()
     argv += ["--seed", str(seed), "--output_dir", str(run)]
     script, kind = ("lasro.py", LasroConfig) if method == "lasro" else ("train.py", Config)
-    wanted = parse(argv, kind, LASRO_PRESETS if kind is LasroConfig else PRESETS)
-    if run.exists() and not checkpoint.all_checkpoints(run):
-        shutil.rmtree(run)  # it had not come far
-    if run.exists():
-        begun_with = json.loads((run / "config.json").read_text()) | {"resume": ""}
-        known = dataclasses.asdict(kind()) | begun_with  # what it did not know yet was as it is by default
-        if known != dataclasses.asdict(wanted):
-            raise ValueError(f"{run} holds a run with other settings: choose another --folder, or remove it")
-        if (run / "pipeline" / "model_index.json").exists():
-            return None
-        argv = ["--resume", str(run)]
+    wanted = go_on(parse(argv, kind, LASRO_PRESETS if kind is LasroConfig else PRESETS))
+    if (run / "config.json").exists() and read_run(run)["epochs"] != wanted.epochs:
+        raise ValueError(f"{run} holds a run with other settings: choose another --folder, or remove it")
+    if (run / "pipeline" / "model_index.json").exists():
+        return None
     return Job(run.name, [sys.executable, script, *argv], run, wanted.epochs)
 
 
@@ -216,8 +208,8 @@ def evaluation(name: str, seed: int, models: dict[str, Path], options) -> Job:
 def models_of(name: str, seed: int, with_checkpoints: bool, options) -> dict[str, Path]:
     """A variant's result and, where asked for, the checkpoints it kept before that."""
     run = run_folder(name, seed, options)
-    kept_on_the_way = checkpoint.all_checkpoints(run)[:-1] if with_checkpoints else []
-    return {f"{name}@{checkpoint.epoch_of(folder)}": folder for folder in kept_on_the_way} | {name: run}
+    earlier = checkpoint.kept_on_the_way(run) if with_checkpoints else []
+    return {f"{name}@{checkpoint.epoch_of(folder)}": folder for folder in earlier} | {name: run}
 
 
 def measurement(name: str, target: Target, options) -> Job:

@@ -22,7 +22,7 @@ from plumbing import processes
 from plumbing.batches import fit_batches
 from plumbing.describe import describe
 from plumbing.errors import one_line_errors
-from plumbing.flags import parse
+from plumbing.flags import go_on, parse
 from plumbing.pipeline import count_truncated, encode_prompts, load_pipeline, pipeline_policy, pooled, scheduler_at, score
 from plumbing.processes import WORLD_SIZE, Share, all_or_none, all_sum_gradients, say
 from plumbing.prompts import draw_prompts, load_prompts
@@ -118,7 +118,7 @@ def load(
 
 def main(argv: list[str]) -> None:
     with one_line_errors(ValueError, OSError):
-        config = parse(argv)
+        config = go_on(parse(argv))
         check(config, WORLD_SIZE)
         prompts, eval_prompts, reward, pipe = load(config, processes.start(config.tf32, config.deterministic))
         policy = pipeline_policy(

@@ -58,7 +58,8 @@ def measure(run: Path, config: Config) -> dict:
     at its last update: with K = 1 fresh ones, with K > 1 those that the updates before have seen.
     """
     reward, base = load_rewards(config.reward, config.reward_weights, CPU), load_pipeline(config.model, CPU)
-    folders = {checkpoint.epoch_of(folder): str(folder) for folder in checkpoint.all_checkpoints(run)}
+    kept = [*checkpoint.kept_on_the_way(run), checkpoint.all_checkpoints(run)[-1]]
+    folders = {checkpoint.epoch_of(folder): str(folder) for folder in kept}
     sets = {
         "seen": draw_prompts(load_prompts(config.prompts), PROMPTS, 0, config.seed),
         "held out": load_prompts(HELD_OUT)[:PROMPTS],

@@ -1,16 +1,17 @@
 """Checkpoints: everything that continuing a run bit by bit needs, in safetensors and JSON, written whole or not at all.
 
     checkpoints/epoch_000020/
-        weights.safetensors      the trained parameters, by name
-        optimizer.safetensors    the optimiser's tensors, as "parameter index.name"
-        method.pt                what a comparator remembers: DDPO's reward statistics, DPOK's critic; read with weights_only
-        state.json               epochs completed and the configuration
+        weights.safetensors   the trained parameters, by name
+        state.safetensors     the tensors of all else: optimisers, and what a method remembers (statistics, critics, replay)
+        state.json            epochs completed, settings, number of processes, where those tensors belong, each file's SHA-256
 
-The newest is for resuming. Of older ones, those that --keep_every asks for stay, without the optimiser, for evaluate.py.
+The two newest are for resuming: where a file of the newest is not what was written, the one before serves. Of older ones, those
+that --keep_every asks for stay, without state.safetensors, for evaluate.py.
 
 Random numbers need no state: noise and prompt order are functions of (seed, epoch, ...), see sampler.py and plumbing/prompts.py.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -20,38 +21,42 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+WEIGHTS, STATE = "weights.safetensors", "state.safetensors"
+AT_ONCE = 3  # two that are kept, and one that is being written
+
 
 def save(
-    run: Path,
-    epoch: int,
-    config: dict,
-    parameters: dict[str, torch.nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    remembers: dict,
-) -> None:
+    run: Path, epoch: int, config: dict, processes: int, parameters: dict[str, torch.nn.Parameter], states: dict
+) -> None:  # fmt: skip
     """Saves the state after `epoch` completed epochs under run/checkpoints and thins the older ones; OSError if it cannot.
 
-    remembers: what a comparator remembers, by name: anything with state_dict().
+    states: the optimiser and what else is remembered, by name: anything with state_dict().
     """
     folder = run / "checkpoints" / f"epoch_{epoch:06d}"
     if folder.exists():
         return
+    clear_unfinished(run)
     unfinished = folder.with_suffix(".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    save_tensors({name: parameter.detach() for name, parameter in parameters.items()}, unfinished / "weights.safetensors")
-    state = optimizer.state_dict()["state"]
-    save_tensors({f"{i}.{k}": v for i, entry in state.items() for k, v in entry.items()}, unfinished / "optimizer.safetensors")
+    tensors: dict[str, torch.Tensor] = {}
+    state = {name: take_tensors(thing.state_dict(), name, tensors) for name, thing in states.items()}
     try:
-        torch.save({name: thing.state_dict() for name, thing in remembers.items()}, unfinished / "method.pt")
-    except RuntimeError as error:  # what torch makes of a full disk
-        raise OSError(f"cannot write {unfinished / 'method.pt'}: {error}") from error
-    (unfinished / "state.json").write_text(json.dumps({"epoch": epoch, "config": config}, indent=1))
-    older = all_checkpoints(run)
-    os.replace(unfinished, folder)
-    for old in older:
+        unfinished.mkdir(parents=True)
+        save_tensors({name: parameter.detach() for name, parameter in parameters.items()}, unfinished / WEIGHTS)
+        save_tensors(tensors, unfinished / STATE)
+        sums = {name: checksum(unfinished / name) for name in (WEIGHTS, STATE)}
+        about = {"epoch": epoch, "processes": processes, "sha256": sums, "config": config, "state": state}
+        (unfinished / "state.json").write_text(json.dumps(about, indent=1))
+        for written in (*unfinished.iterdir(), unfinished):
+            settle(written)
+        os.replace(unfinished, folder)
+        settle(folder.parent)
+    except OSError as error:
+        clear_unfinished(run)
+        whole = [f"; {found[-1]} is whole" for found in [all_checkpoints(run)] if found]
+        raise OSError(f"cannot save a checkpoint: {error}{''.join(whole)}") from error
+    for old in all_checkpoints(run)[:-2]:
         if config["keep_every"] and epoch_of(old) % config["keep_every"] == 0:
-            (old / "optimizer.safetensors").unlink(missing_ok=True)
+            (old / STATE).unlink(missing_ok=True)
         else:
             shutil.rmtree(old)
 
@@ -61,12 +66,82 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
     except SafetensorError as error:
-        raise OSError(f"cannot write {path}: {error}") from error
+        raise OSError(f"{path}: {error}") from error
+
+
+def take_tensors(thing, name: str, tensors: dict[str, torch.Tensor]):
+    """The nested state as JSON has it; its tensors go to `tensors`, under names that are left in their places."""
+    if isinstance(thing, torch.Tensor):
+        tensors[name] = thing
+        return {"tensor": name}
+    if isinstance(thing, dict):  # of any keys, where JSON has only strings
+        return {"items": [[key, take_tensors(value, f"{name}.{key}", tensors)] for key, value in thing.items()]}
+    if isinstance(thing, list | tuple):
+        return [take_tensors(value, f"{name}.{i}", tensors) for i, value in enumerate(thing)]
+    return thing
+
+
+def put_tensors(thing, tensors: dict[str, torch.Tensor]):
+    """The inverse of take_tensors; tuples have become lists."""
+    if isinstance(thing, dict):
+        return (
+            {key: put_tensors(value, tensors) for key, value in thing["items"]} if "items" in thing else tensors[thing["tensor"]]
+        )
+    return [put_tensors(value, tensors) for value in thing] if isinstance(thing, list) else thing
+
+
+def checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def settle(path: Path) -> None:
+    """Waits until the disk has a file, or a folder's entries: a machine may lose its power."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def clear_unfinished(run: Path) -> None:
+    """Removes what a save that was interrupted has left."""
+    for folder in (run / "checkpoints").glob("*.unfinished"):
+        shutil.rmtree(folder)
+
+
+def size_of(parameters: dict[str, torch.nn.Parameter], states: dict) -> int:
+    """Bytes of a checkpoint after the first update of AdamW, which keeps two moments of every parameter it is given."""
+    moments = [p for group in states["optimizer"].param_groups for p in group["params"]]
+    remembered: dict[str, torch.Tensor] = {}
+    take_tensors({name: thing.state_dict() for name, thing in states.items() if name != "optimizer"}, "", remembered)
+    every = [*parameters.values(), *moments, *moments, *remembered.values()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in every)
+
+
+def check_room(run: Path, size: int) -> str:
+    """What the checkpoints of a run may take, for people to read; OSError if the disk has less.
+
+    size: bytes of one.
+    """
+    there = sum(file.stat().st_size for file in (run / "checkpoints").glob("epoch_*/*"))
+    free = shutil.disk_usage(run).free + there
+    needed, has = (f"{number / 1e9:.3g} GB" for number in (AT_ONCE * size, free))
+    if free < AT_ONCE * size:
+        raise OSError(f"the disk of {run} has {has} left, and checkpoints need {needed}: two that are kept and one being written")
+    return f"checkpoints: up to {needed} of the {has} that the disk has left, two that are kept and one being written"
 
 
 def all_checkpoints(run: Path) -> list[Path]:
     """The finished checkpoints of a run, oldest first."""
-    return sorted(path for path in (run / "checkpoints").glob("epoch_*") if path.suffix != ".unfinished")
+    return sorted(path for path in (run / "checkpoints").glob("epoch_*") if not path.suffix)
+
+
+def kept_on_the_way(run: Path) -> list[Path]:
+    """Those that --keep_every asked for, without the newest, which is as far as the run is."""
+    older = all_checkpoints(run)[:-1]
+    every = read_state(run)["config"]["keep_every"] if older else 0
+    return [folder for folder in older if every and epoch_of(folder) % every == 0]
 
 
 def epoch_of(folder: Path) -> int:
@@ -74,28 +149,63 @@ def epoch_of(folder: Path) -> int:
 
 
 def read_state(run: Path) -> dict:
-    """The newest checkpoint's {"epoch", "config", "folder"}; ValueError if there is none or it is damaged."""
+    """read_folder() of the newest checkpoint that can be read; ValueError if there is none."""
     found = all_checkpoints(run)
     if not found:
         raise ValueError(f"nothing to resume: no checkpoint under {run / 'checkpoints'}")
-    return read_folder(found[-1])
+    errors = []
+    for folder in reversed(found):
+        try:
+            return read_folder(folder)
+        except ValueError as error:
+            errors.append(error)
+    raise errors[0]
 
 
 def read_folder(folder: Path) -> dict:
-    """One checkpoint's {"epoch", "config", "folder"}; ValueError if it is damaged."""
+    """One checkpoint's {"epoch", "processes", "sha256", "config", "state", "folder"}; ValueError if it is damaged."""
     try:
-        state = json.loads((folder / "state.json").read_text())
-        return {"epoch": int(state["epoch"]), "config": dict(state["config"]), "folder": folder}
+        about = json.loads((folder / "state.json").read_text())
+        kinds = {"epoch": int, "processes": int, "sha256": dict, "config": dict, "state": dict}
+        return {name: kind(about[name]) for name, kind in kinds.items()} | {"folder": folder}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"damaged checkpoint {folder}: state.json: {error}") from error
 
 
+def check_sums(about: dict, *names: str) -> None:
+    """ValueError unless these files of a checkpoint are what was written."""
+    for name in names:
+        try:
+            same = checksum(about["folder"] / name) == about["sha256"].get(name)
+        except OSError as error:
+            raise ValueError(f"damaged checkpoint {about['folder']}: {error}") from error
+        if not same:
+            raise ValueError(f"damaged checkpoint {about['folder']}: {name} is not what was written, by its SHA-256")
+
+
+def newest_whole(run: Path) -> tuple[Path, list[str]]:
+    """The newest checkpoint whose files are what was written, and what is wrong with each newer one, which is set aside.
+
+    ValueError if there is none.
+    """
+    wrong = []
+    for folder in reversed(all_checkpoints(run)):
+        try:
+            check_sums(read_folder(folder), WEIGHTS, STATE)
+        except ValueError as error:
+            wrong.append((folder, str(error)))
+            continue
+        for damaged, _ in wrong:  # so that the epoch can be saved again
+            shutil.rmtree(damaged.with_suffix(".damaged"), ignore_errors=True)
+            damaged.rename(damaged.with_suffix(".damaged"))
+        return folder, [error for _, error in wrong]
+    raise ValueError(wrong[0][1] if wrong else f"nothing to resume: no checkpoint under {run / 'checkpoints'}")
+
+
 def load_weights(folder: Path, parameters: dict[str, torch.nn.Parameter]) -> None:
     """Restores the weights in place; ValueError if the checkpoint is damaged or belongs to another model."""
-    try:
-        weights = load_file(folder / "weights.safetensors")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"damaged checkpoint {folder}: {error}") from error
+    check_sums(read_folder(folder), WEIGHTS)
+    weights = load_file(folder / WEIGHTS)
     shapes, wanted = ({name: tuple(t.shape) for name, t in d.items()} for d in (weights, parameters))
     if shapes != wanted:
         differing = sorted(name for name in shapes.keys() | wanted.keys() if shapes.get(name) != wanted.get(name))
@@ -105,27 +215,18 @@ def load_weights(folder: Path, parameters: dict[str, torch.nn.Parameter]) -> Non
             parameter.copy_(weights[name])
 
 
-def load(run: Path, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, remembers: dict) -> int:
-    """Restores weights, optimiser and what is remembered in place from the newest checkpoint -> completed epochs.
+def load(folder: Path, parameters: dict[str, torch.nn.Parameter], states: dict) -> dict:
+    """Restores weights and states in place from one checkpoint, whose files have been checked -> what read_folder() says of it.
 
-    ValueError if there is none, it is damaged, or it belongs to another model.
+    ValueError if it belongs to another model or method.
     """
-    state = read_state(run)
+    about = read_folder(folder)
+    load_weights(folder, parameters)
     try:
-        flat = load_file(state["folder"] / "optimizer.safetensors")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"damaged checkpoint {state['folder']}: {error}") from error
-    load_weights(state["folder"], parameters)
-    restored = optimizer.state_dict()
-    for name, tensor in flat.items():
-        index, _, key = name.partition(".")
-        restored["state"].setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict(restored)
-    try:
-        known = torch.load(state["folder"] / "method.pt", map_location="cpu", weights_only=True)
-        for name, thing in remembers.items():
+        known = put_tensors({"items": list(about["state"].items())}, load_file(folder / STATE))
+        for name, thing in states.items():
             thing.load_state_dict(known[name])
     except Exception as error:  # torch raises many kinds
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"damaged checkpoint {state['folder']}: method.pt: {reason}") from error
-    return state["epoch"]
+        raise ValueError(f"foreign checkpoint {folder}: state.json: {reason}") from error
+    return about

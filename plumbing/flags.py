@@ -10,6 +10,7 @@ from transformers import HfArgumentParser
 
 from config import MAY_CHANGE_ON_RESUME, PRESETS, Config
 from plumbing import checkpoint
+from plumbing.run import read_run
 
 
 class Parser(HfArgumentParser):
@@ -53,14 +54,32 @@ def parse(
         raise ValueError(f"unknown preset {given.preset!r}: use {', '.join(presets)}")
     config = parser.parse_strictly(argv)
     if given.resume:
-        now = dataclasses.asdict(config)
-        before = dataclasses.asdict(kind()) | saved  # what it did not know yet was as it is by default
-        changed = [k for k in now if now[k] != before[k] and k not in MAY_CHANGE_ON_RESUME]
-        if changed:
-            k = changed[0]
-            raise ValueError(f"cannot resume {given.resume} with {k}={now[k]}: it ran with {before[k]}; allowed to change: "
-                             f"{', '.join(sorted(MAY_CHANGE_ON_RESUME & now.keys() - {'resume', 'output_dir'}))}")  # fmt: skip
+        check_unchanged(config, saved, f"cannot resume {given.resume}")
     return config
+
+
+def go_on(config):
+    """The same settings, with `resume` where --output_dir holds a run of theirs that has saved a checkpoint.
+
+    So the command that began a run continues it. ValueError if the folder holds another run.
+    """
+    run = Path(config.output_dir)
+    if config.resume or not (run / "config.json").exists():
+        return config
+    found = checkpoint.all_checkpoints(run)
+    saved = checkpoint.read_state(run)["config"] if found else read_run(run)
+    check_known(config.output_dir, saved, type(config))
+    check_unchanged(config, saved, f"{config.output_dir} already holds a run, choose another --output_dir to begin one")
+    return dataclasses.replace(config, resume=config.output_dir) if found else config
+
+
+def check_unchanged(config, saved: dict, sentence: str) -> None:
+    """ValueError, beginning with the sentence, if a setting is not the saved run's and may not change on the way."""
+    now, before = dataclasses.asdict(config), dataclasses.asdict(type(config)()) | saved  # what it did not know was by default
+    changed = [name for name in now if now[name] != before[name] and name not in MAY_CHANGE_ON_RESUME]
+    if changed:
+        name, may = changed[0], sorted(MAY_CHANGE_ON_RESUME & now.keys() - {"resume", "output_dir"})
+        raise ValueError(f"{sentence}: {name}={now[name]}, and it ran with {before[name]}; allowed to change: {', '.join(may)}")
 
 
 def check_known(run: str, saved: dict, kind: type) -> None:

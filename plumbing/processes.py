@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from plumbing.errors import complain, told_of
+from plumbing.heartbeat import BEAT, SILENCE, Heartbeat
 
 Made = TypeVar("Made")
 
@@ -34,6 +35,7 @@ CONNECTING = 120  # seconds that processes have for finding one another at the s
 WORKING = timedelta(days=7)  # that one may wait for another later on: longer than any evaluation
 LISTING = 60  # seconds after which a network file system shows what another machine has written
 BUCKET = 2**25  # numbers in a message of gradients
+HEARTBEAT: Heartbeat | None = None  # of this process, once there are others
 GRADIENTS: dist.ProcessGroup | None = None  # by which GPUs sum gradients; None is the group of all, by gloo
 
 
@@ -59,9 +61,15 @@ def start(tf32: bool = False, deterministic: bool = False) -> torch.device:
 
 def join(device: torch.device) -> None:
     """Connects to all others: by gloo, and where all have GPUs by NCCL, which else would put it off to the first gradients."""
-    global GRADIENTS
+    global GRADIENTS, HEARTBEAT
     with or_exit(CONNECTING, f"not all of {WORLD_SIZE} processes were there after {CONNECTING} s"), connected():
-        dist.init_process_group("gloo", timeout=WORKING)
+        store, _, _ = next(dist.rendezvous("env://"))
+        dist.init_process_group("gloo", store=store, rank=RANK, world_size=WORLD_SIZE, timeout=WORKING)
+        own = dist.PrefixStore("heartbeat", store.clone())  # a connection of its own, which nothing else may keep busy
+        own.set_timeout(timedelta(seconds=SILENCE / 2))
+        HEARTBEAT = Heartbeat(own, RANK, WORLD_SIZE, end)
+        dist.barrier()
+        HEARTBEAT.start()
         kinds = all_gather(lambda: torch.tensor([device.type == "cuda"]))
     if kinds.any() and not kinds.all():
         without = (~kinds).nonzero().flatten().tolist()
@@ -91,18 +99,23 @@ def run_script(main: Callable[[list[str]], None]) -> None:
 def stop() -> None:
     """Leaves the process group."""
     if dist.is_initialized():
+        HEARTBEAT.leave()
         dist.destroy_process_group()
+
+
+def end(message: str) -> None:
+    """Ends this process, whatever it waits for, with one line and exit code 2; the newest checkpoint stays as it is."""
+    complain(ConnectionError(message))
+    os._exit(2)
 
 
 @contextmanager
 def or_exit(seconds: float, message: str) -> Iterator[None]:
     """Ends this process with one line and exit code 2 if the block, wherever it hangs, takes longer."""
 
-    def give_up() -> None:
-        complain(ConnectionError(f"{message} (several network interfaces? see docs/stable-diffusion.md, More than one machine)"))
-        os._exit(2)
-
-    timer = threading.Timer(seconds, give_up)
+    timer = threading.Timer(
+        seconds, end, [f"{message} (several network interfaces? see docs/stable-diffusion.md, More than one machine)"]
+    )
     timer.start()
     try:
         yield
@@ -116,8 +129,11 @@ def connected() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if HEARTBEAT:
+            time.sleep(4 * BEAT)  # until it is known who gives no sign
+        who = HEARTBEAT.silent_ones() if HEARTBEAT else ""
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConnectionError(f"another process is gone or cannot be reached: {reason}") from error
+        raise ConnectionError(f"{who or 'another process'} is gone or cannot be reached: {reason}") from error
 
 
 def all_succeed(produce: Callable[[], object]) -> list:
@@ -263,14 +279,32 @@ def say(message: str) -> None:
         tqdm.write(message)  # above the progress bar, if there is one
 
 
+def interrupt(number: int, frame=None) -> None:
+    """A signal handler: what Ctrl-C does, with the signal's number."""
+    raise KeyboardInterrupt(number)
+
+
 @contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits for the end of the block: weights, optimiser and record always belong to a whole number of epochs."""
-    waiting = []
-    usual = signal.signal(signal.SIGINT, lambda *_: waiting.append("Ctrl-C"))
+def stopped_by_sigterm() -> Iterator[None]:
+    """SIGTERM, which schedulers send, raises KeyboardInterrupt in the block as Ctrl-C does."""
+    usual = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, usual)
+        signal.signal(signal.SIGTERM, usual)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait for the end of the block: weights, optimiser and record always belong to whole epochs."""
+    waiting: list[int] = []
+    usual = {
+        number: signal.signal(number, lambda number, _: waiting.append(number)) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
     if waiting:
-        raise KeyboardInterrupt
+        interrupt(waiting[0])

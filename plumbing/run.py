@@ -42,27 +42,48 @@ class Run:
         remembers: dict, eval_prompts: list[str], reward: Reward, also: dict[str, Policy] | None = None,
     ):  # fmt: skip
         self.config, self.pipe, self.policy, self.eval_prompts, self.reward = config, pipe, policy, eval_prompts, reward
-        self.parameters, self.optimizer, self.remembers, self.also = parameters, optimizer, remembers, also or {}
+        self.parameters, self.states, self.also = parameters, {"optimizer": optimizer} | remembers, also or {}
         self.trained = list(parameters.values())
         self.folder, self.completed = Path(config.output_dir), 0
         self.whole, self.in_updates = True, False  # whole: weights, optimiser and memory are those of the completed epochs
         self.log: Callable[[dict], None] = lambda line: None
+        if len(set(processes.all_succeed(lambda: config.resume))) > 1:
+            raise ValueError(f"{self.folder} holds a run for some processes and none for others: the machines must share it")
         if config.resume:
-            self.completed = checkpoint.load(self.folder, parameters, optimizer, remembers)
-            found = processes.all_succeed(lambda: self.completed)
-            if len(set(found)) > 1:
-                raise ValueError(f"{self.folder}: the processes have found different newest checkpoints, of epochs {found}")
+            self.all_continue()
         self.prepare_folder()
+        self.saved_at = time.monotonic()
+
+    def all_continue(self) -> None:
+        """From the newest checkpoint that is whole, with a line for what is otherwise than when it was saved."""
+
+        def newest() -> Path | None:
+            if RANK > 0:
+                return None
+            folder, wrong = checkpoint.newest_whole(self.folder)
+            for error in wrong:
+                say(f"{error}; the one before serves")
+            say(f"{self.folder} goes on from {folder.name}")
+            return folder
+
+        folder = processes.all_succeed(newest)[0]
+        about = processes.all_or_none(lambda: checkpoint.load(folder, self.parameters, self.states))
+        self.completed = about["epoch"]
+        if about["processes"] != WORLD_SIZE:
+            say(
+                f"saved by {about['processes']} processes, continued by {WORLD_SIZE}: sums are now made in another order, so "
+                "from here on the run equals an uninterrupted one up to rounding, not bit for bit"
+            )
 
     def prepare_folder(self) -> None:
-        """ValueError if another run is there or not all processes see the folder, OSError if it cannot be written."""
+        """ValueError if not all processes see the folder, OSError if it cannot be written or the disk is too small."""
 
         def prepare() -> None:
-            if not self.config.resume and (self.folder / "metrics.jsonl").exists():
-                raise ValueError(
-                    f"{self.folder} already holds a run: continue it with --resume {self.folder}, or choose another --output_dir"
-                )
             (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+            checkpoint.clear_unfinished(self.folder)
+            if not self.config.resume and (self.folder / "metrics.jsonl").exists():
+                say(f"{self.folder} holds no checkpoint yet: its run begins again")
+            say(checkpoint.check_room(self.folder, checkpoint.size_of(self.parameters, self.states)))
             (self.folder / "config.json").write_text(json.dumps(dataclasses.asdict(self.config), indent=1))
             self.log = start_log(self.config, self.folder, self.completed)
 
@@ -91,7 +112,7 @@ class Run:
         if self.completed == 0 and mine is not None:
             self.measure_rounding(mine)
         # Methods with a memory change it from the beginning; weights change after check().
-        self.whole, self.in_updates = not self.remembers, True
+        self.whole, self.in_updates = self.states.keys() == {"optimizer"}, True
         with processes.uninterrupted():
             yield  # all_finish() ends it
 
@@ -164,7 +185,8 @@ class Run:
             if RANK == 0:
                 plots.reward_curve(self.metrics, self.folder / "reward.png")
         self.log(line)
-        if self.completed % config.save_every == 0 or last:
+        late = 0 < 60 * config.save_minutes <= time.monotonic() - self.saved_at
+        if self.completed % config.save_every == 0 or late or last:
             self.save()
 
     def write_metrics(self) -> None:
@@ -211,18 +233,27 @@ class Run:
         say(describe_rounding(self.config, deviation))
 
     def save(self) -> None:
+        self.saved_at = time.monotonic()
         if RANK == 0:
             settings = dataclasses.asdict(self.config)
-            checkpoint.save(self.folder, self.completed, settings, self.parameters, self.optimizer, self.remembers)
+            try:
+                checkpoint.save(self.folder, self.completed, settings, WORLD_SIZE, self.parameters, self.states)
+            except OSError:
+                self.whole = False  # there is no use in trying again at once
+                raise
 
     @contextmanager
     def saved_when_stopped(self) -> Iterator[None]:
-        """Around the epochs: Ctrl-C, and errors that leave the weights as an epoch has left them, save these first."""
+        """Around the epochs: Ctrl-C, SIGTERM, and errors that leave the weights as an epoch has left them, save these first.
+
+        Exit code 130 or 143 after the two.
+        """
         try:
-            yield
-        except KeyboardInterrupt:
+            with processes.stopped_by_sigterm():
+                yield
+        except KeyboardInterrupt as stopped:
             self.save_what_is_whole()
-            sys.exit(130)
+            sys.exit(128 + (stopped.args[0] if stopped.args else signal.SIGINT))
         except Exception as error:
             if not self.in_updates and not isinstance(error, ConnectionError) and not hasattr(error, "shared"):
                 with suppress(Exception):
@@ -236,8 +267,7 @@ class Run:
         def save() -> None:
             if self.whole:
                 self.save()
-                say(f"\nstopped after epoch {self.completed} of {self.config.epochs}; "
-                    f"go on with: python train.py --resume {self.folder}")  # fmt: skip
+                say(f"\nstopped after epoch {self.completed} of {self.config.epochs}; the same command goes on")
 
         usual = signal.signal(signal.SIGTERM, signal.SIG_IGN)
         try:

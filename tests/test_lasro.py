@@ -6,12 +6,19 @@ import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 from safetensors.torch import load_file
 
 import evaluate
 import lasro
 import train
+from benchmarks import rehearsal
 from lasro import Normaliser, consistency_loss, generate, surrogate_loss
 from miniature import build
 from plumbing.anchor import consistency_scheduler
@@ -385,3 +392,23 @@ def test_a_run_is_evaluated_like_any_other(finished, tmp_path):
     )
     rows = json.loads((tmp_path / "found" / "results.json").read_text())["results"]
     assert [row["model"] for row in rows] == ["base", "tuned"] and rows[0]["mean"] != rows[1]["mean"]
+
+
+@pytest.mark.parametrize("shape, kind", [("sd-turbo", StableDiffusionPipeline), ("sdxl-turbo", StableDiffusionXLPipeline),
+                                         ("lcm", LatentConsistencyModelPipeline)])  # fmt: skip
+def test_the_rehearsed_presets_train_and_open_with_plain_diffusers(shape, kind, tmp_path, capsys):
+    rehearsal.main([str(tmp_path / "all"), "--pipeline", f"tiny-{shape}"])
+    command = capsys.readouterr().out.splitlines()[-1].split()
+    assert command[:4] == ["python", "lasro.py", "--preset", shape]
+    little = (
+        "--epochs 2 --pretraining_epochs 1 --prompts_per_epoch 1 --images_per_prompt 2 --pretraining_updates 1 "
+        "--surrogate_updates 1 --surrogate_batch 1 --generator_updates 1 --generator_batch 2 --anchor_pictures 2 "
+        "--teacher_steps 2 --eval_prompts pickapic-test --learning_rate 1e-2"
+    ).split()
+    lasro.main([*command[2:], *little, "--output_dir", str(tmp_path / "run")])
+    before, after = (kind.from_pretrained(folder) for folder in (tmp_path / "all" / "pipeline", tmp_path / "run" / "pipeline"))
+    after.set_progress_bar_config(disable=True)
+    (image,) = after("a cat", num_inference_steps=2, guidance_scale=1.0, output_type="pt").images
+    assert image.shape == (3, 64, 64) and image.isfinite().all()
+    one, other = before.unet.state_dict(), after.unet.state_dict()
+    assert any(not torch.equal(tensor, other[name]) for name, tensor in one.items())
