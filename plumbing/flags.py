@@ -64,7 +64,7 @@ def go_on(config):
     So the command that began a run continues it. ValueError if the folder holds another run.
     """
     run = Path(config.output_dir)
-    if config.resume or not (run / "config.json").exists():
+    if config.resume or not (run / "metrics.jsonl").exists():
         return config
     found = checkpoint.all_checkpoints(run)
     saved = checkpoint.read_state(run)["config"] if found else read_run(run)

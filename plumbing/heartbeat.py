@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch.distributed as dist
 
@@ -33,15 +34,18 @@ class Heartbeat(threading.Thread):
         store.add(f"beats/{rank}", 1)
 
     def run(self) -> None:
-        last = time.monotonic()
+        last, lost = time.monotonic(), 0
         while not self.left.wait(BEAT):
             try:
                 self.store.add(f"beats/{self.rank}", 1)
                 heard = [int(count) for count in self.store.multi_get([f"beats/{rank}" for rank in range(len(self.heard))])]
             except RuntimeError:  # of the library, for a lost connection as for its time limit
-                host = os.environ.get("MASTER_ADDR", "unknown")
-                self.on_silence(f"the torchrun of the first machine, {host}, is gone or cannot be reached")
-                return
+                lost += 1
+                if lost == 3:  # not as soon as the process that holds the store has ended before this one
+                    where = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+                    self.on_silence(f"{where}, where the processes find one another, is gone or cannot be reached")
+                    return
+                continue
             now = time.monotonic()
             passed, last = min(now - last, 2 * BEAT), now
             for rank, count in enumerate(heard):
@@ -65,4 +69,5 @@ class Heartbeat(threading.Thread):
         """The end, as it should be."""
         self.left.set()
         self.join()
-        self.store.add(f"beats/{self.rank}", LEFT)
+        with suppress(RuntimeError):  # the store has left before
+            self.store.add(f"beats/{self.rank}", LEFT)

@@ -42,7 +42,8 @@ class Run:
         remembers: dict, eval_prompts: list[str], reward: Reward, also: dict[str, Policy] | None = None,
     ):  # fmt: skip
         self.config, self.pipe, self.policy, self.eval_prompts, self.reward = config, pipe, policy, eval_prompts, reward
-        self.parameters, self.states, self.also = parameters, {"optimizer": optimizer} | remembers, also or {}
+        self.parameters, self.states, self.also = parameters, {"optimizer": optimizer}, also or {}
+        self.states |= {f"method.{name}": thing for name, thing in remembers.items()}
         self.trained = list(parameters.values())
         self.folder, self.completed = Path(config.output_dir), 0
         self.whole, self.in_updates = True, False  # whole: weights, optimiser and memory are those of the completed epochs

@@ -24,10 +24,10 @@ def test_a_run_begun_with_what_has_vanished_is_told_so(tmp_path, saved, message)
     folder.mkdir(parents=True)
     settings = dataclasses.asdict(Config(preset="toy", output_dir=str(tmp_path)))
     state = folder / "state.json"
-    state.write_text(json.dumps({"epoch": 1, "config": settings | saved}))
+    state.write_text(json.dumps({"epoch": 1, "processes": 1, "sha256": {}, "state": {}, "config": settings | saved}))
     with pytest.raises(ValueError, match=f"cannot resume {tmp_path}: {message}"):
         parse(["--resume", str(tmp_path)])
-    state.write_text(json.dumps({"epoch": 1, "config": settings}))
+    state.write_text(json.dumps({"epoch": 1, "processes": 1, "sha256": {}, "state": {}, "config": settings}))
     assert parse(["--resume", str(tmp_path)]).output_dir == str(tmp_path)
 
 

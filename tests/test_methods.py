@@ -270,13 +270,14 @@ def test_dpok_divergence_holds_the_weights_back(form, model_folder, tmp_path):
     assert 0 < left["held"] < left["free"] / 2
 
 
-def test_damaged_method_state(capsys, model_folder, tmp_path):
+def test_the_state_of_another_method_is_refused(capsys, model_folder, tmp_path):
     run = tmp_path / "run"
     train.main(arguments("ddpo", model_folder, run, tmp_path, "--epochs", "1"))
-    (run / "checkpoints" / "epoch_000001" / "method.pt").write_bytes(b"nothing")
+    state = run / "checkpoints" / "epoch_000001" / "state.json"
+    state.write_text(state.read_text().replace("method.rewards", "method.others"))
     with pytest.raises(SystemExit) as stopped:
         train.main(["--resume", str(run), "--epochs", "2"])
-    assert stopped.value.code == 2 and "damaged checkpoint" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "foreign checkpoint" in capsys.readouterr().err
 
 
 class RewardWeighted:

@@ -8,6 +8,7 @@ import sys
 import time
 from datetime import timedelta
 from textwrap import indent
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -98,7 +99,8 @@ with one_line_errors(ValueError, OSError):
     assert f"error in process 1 on {socket.gethostname()}: alone" in first
     assert f"error in process 1 on {socket.gethostname()}: no such thing in the second process" in last
     (line,) = error_lines(err_0)
-    assert "error in process 0 on" in line and "another process is gone or cannot be reached" in line
+    host = socket.gethostname()
+    assert f"error in process 0 on {host}: process 1 on {host} is gone or cannot be reached" in line
 
 
 def test_a_process_that_never_comes_is_not_waited_for_long():
@@ -139,10 +141,17 @@ class Recorder:
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: self.calls.append(("synchronize",)))
         monkeypatch.setattr(torch, "zeros", lambda *_, device: device)  # no such device here
         monkeypatch.setattr(dist, "is_initialized", lambda: False)
-        monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: self.calls.append(("init", backend, timeout)))
+        store = dist.HashStore()
+        monkeypatch.setattr(dist, "rendezvous", lambda where: iter([(store, 1, 2)]))
+        monkeypatch.setattr(processes, "Heartbeat", lambda *_: SimpleNamespace(start=lambda: self.calls.append(("beat",))))
+        monkeypatch.setattr(dist, "barrier", lambda: None)
+        monkeypatch.setattr(
+            dist, "init_process_group", lambda backend, timeout, **_: self.calls.append(("init", backend, timeout))
+        )
         monkeypatch.setattr(dist, "new_group", lambda backend: f"group of {backend}")
         monkeypatch.setattr(dist, "all_reduce", lambda tensor, group: self.calls.append(("all_reduce", tensor, group)))
         monkeypatch.setattr(processes, "GRADIENTS", None)
+        monkeypatch.setattr(processes, "HEARTBEAT", None)
 
         def gathered(parts, mine):
             parts[:] = [torch.tensor([others_have_gpus]), mine]
@@ -153,7 +162,7 @@ class Recorder:
 def test_nccl_connects_before_any_work(monkeypatch):
     recorder, gpu = Recorder(monkeypatch, gpus=2, others_have_gpus=True), torch.device("cuda", 1)
     assert processes.start() == gpu
-    joined = [("init", "gloo", processes.WORKING), ("all_reduce", gpu, "group of nccl"), ("synchronize",)]
+    joined = [("init", "gloo", processes.WORKING), ("beat",), ("all_reduce", gpu, "group of nccl"), ("synchronize",)]
     assert recorder.calls == [("set_device", gpu), *joined]
     parameter = torch.nn.Parameter(torch.empty(1))
     parameter.grad = torch.ones(1)
@@ -181,7 +190,7 @@ def test_gradients_travel_in_few_messages(monkeypatch):
 def test_a_gpu_is_used_only_where_every_process_of_the_machine_has_one(monkeypatch):
     recorder = Recorder(monkeypatch, gpus=1, others_have_gpus=False)
     assert processes.start() == torch.device("cpu")
-    assert recorder.calls == [("init", "gloo", processes.WORKING)] and processes.GRADIENTS is None
+    assert recorder.calls == [("init", "gloo", processes.WORKING), ("beat",)] and processes.GRADIENTS is None
     Recorder(monkeypatch, gpus=1, others_have_gpus=True)
     with pytest.raises(ValueError, match=re.escape("processes [1] have no GPU of their own and the others have")):
         processes.start()

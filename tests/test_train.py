@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import pytest
 import torch
 from conftest import ROOT
 from diffusers import StableDiffusionPipeline
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import train
@@ -218,7 +220,7 @@ def test_torchrun_does_not_end_the_process_that_saves(model_folder, tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True, timeout=200)
     assert done.returncode == 1
     assert len([line for line in done.stderr.splitlines() if "error in process 1 on" in line]) == 1
-    assert f"go on with: python train.py --resume {tmp_path / 'run'}" in done.stdout
+    assert "stopped after epoch 1 of 3; the same command goes on" in done.stdout
     assert checkpoint.read_state(tmp_path / "run")["epoch"] == 1
 
 
@@ -260,9 +262,10 @@ def slow_reward(images, prompts):
     return alignment(images, prompts)
 
 
-def test_ctrl_c_saves_and_can_be_resumed(model_folder, tmp_path):
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_save_and_the_same_command_goes_on(number, code, model_folder, tmp_path, capsys):
     run = tmp_path / "stopped"
-    flags = ["--reward", "test_train:slow_reward", "--sample_batch_size", "4", "--eval_prompts", ""]
+    flags = ["--reward", "test_train:slow_reward", "--sample_batch_size", "4", "--eval_prompts", "", "--save_every", "1000"]
     # What was started in the background ignores Ctrl-C, and so would its children.
     ctrl_c_works = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(
@@ -272,22 +275,24 @@ def test_ctrl_c_saves_and_can_be_resumed(model_folder, tmp_path):
     deadline = time.time() + 120
     while not ((run / "metrics.jsonl").exists() and len(metrics(run)) > 1) and time.time() < deadline:
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     printed, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in errors, errors[-2000:]
-    assert f"python train.py --resume {run}" in printed
+    assert process.returncode == code and "Traceback" not in errors, errors[-2000:]
     epochs = len(metrics(run)) - 1
+    assert f"stopped after epoch {epochs} of 1000; the same command goes on" in printed
     assert checkpoint.read_state(run)["epoch"] == epochs >= 1
     sys.path.append(str(ROOT / "tests"))
-    train.main(["--resume", str(run), "--epochs", str(epochs + 1)])
+    train.main(arguments(model_folder, run, "--epochs", str(epochs + 1), *flags))
+    assert f"{run} goes on from epoch_{epochs:06d}" in capsys.readouterr().out
     assert [line["epoch"] for line in metrics(run)] == list(range(epochs + 2))
 
 
-def test_ctrl_c_waits_for_the_end_of_the_updates():
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_wait_for_the_end_of_the_updates(number):
     done = []
     signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it may be ignored
     with pytest.raises(KeyboardInterrupt), processes.uninterrupted():
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
         done.append("updates")
     assert done == ["updates"]
     with processes.uninterrupted():
@@ -416,16 +421,17 @@ def test_non_finite_loss_stops(capsys, tmp_path, model_folder):
 def test_wrong_checkpoints(capsys, tmp_path, model_folder, finished, monkeypatch):
     assert "no checkpoint under" in refused(capsys, ["--resume", tmp_path / "nowhere"])
     assert "cannot resume" in refused(capsys, ["--resume", finished, "--learning_rate", "1"])
-    assert "already holds a run" in refused(capsys, arguments(model_folder, finished))
+    line = refused(capsys, arguments(model_folder, finished, "--learning_rate", "1"))
+    assert f"{finished} already holds a run, choose another --output_dir to begin one: learning_rate=1.0" in line
 
     def copied(name):
         run = shutil.copytree(finished, tmp_path / name)
         return run, checkpoint.all_checkpoints(run)[-1]
 
     with monkeypatch.context() as patch:
-        patch.setattr(processes, "all_succeed", lambda produce: [produce(), 1])
+        patch.setattr(processes, "all_succeed", lambda produce: [produce(), ""])
         line = refused(capsys, ["--resume", copied("other")[0], "--epochs", "3"])
-        assert "the processes have found different newest checkpoints, of epochs [2, 1]" in line
+        assert "holds a run for some processes and none for others" in line
 
     run, folder = copied("damaged")
     whole = (folder / "weights.safetensors").read_bytes()
@@ -441,6 +447,52 @@ def test_wrong_checkpoints(capsys, tmp_path, model_folder, finished, monkeypatch
     state["config"]["model"] = str(other_model(tmp_path))
     (folder / "state.json").write_text(json.dumps(state))
     assert "foreign checkpoint" in refused(capsys, ["--resume", run, "--epochs", "3"])
+
+
+def test_the_checkpoint_before_serves_where_the_newest_is_damaged(finished, model_folder, tmp_path, capsys):
+    run = tmp_path / "flipped"
+    train.main(arguments(model_folder, run, "--epochs", "2", "--save_every", "1"))
+    first, newest = checkpoint.all_checkpoints(run)
+    file = newest / "state.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    train.main(arguments(model_folder, run, "--epochs", "2"))
+    said = capsys.readouterr().out
+    assert f"damaged checkpoint {newest}: state.safetensors is not what was written" in said
+    assert f"the one before serves\n{run} goes on from {first.name}" in said
+    assert metrics(run) == metrics(finished)
+    assert all(torch.equal(tensor, weights(finished)[name]) for name, tensor in weights(run).items())
+    assert newest.exists() and newest.with_suffix(".damaged").exists()
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(finished, model_folder, tmp_path, capsys, monkeypatch):
+    run = shutil.copytree(finished, tmp_path / "full")
+    before = {path: path.read_bytes() for path in (run / "checkpoints").rglob("*.*")}
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+        line = refused(capsys, arguments(model_folder, run, "--epochs", "3"))
+    assert f"the disk of {run} has 0.00" in line and "two that are kept and one being written" in line
+
+    def full(tensors, path):
+        path.write_bytes(b"a part")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", full)
+        line = refused(capsys, arguments(model_folder, run, "--epochs", "3"))
+    assert "No space left on device" in line and f"{run / 'checkpoints' / 'epoch_000002'} is whole" in line
+    assert {path: path.read_bytes() for path in (run / "checkpoints").rglob("*.*")} == before
+
+
+def test_minutes_bound_what_a_kill_can_lose(model_folder, tmp_path, monkeypatch):
+    saved, save = [], checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda run, epoch, *rest: saved.append(epoch) or save(run, epoch, *rest))
+    flags = ["--updates_per_epoch", "1", "--epochs", "3", "--save_every", "100", "--eval_prompts", ""]
+    for minutes, expected in (("1e-9", [1, 2, 3]), ("60", [3]), ("0", [3])):
+        saved.clear()
+        train.main(arguments(model_folder, tmp_path / minutes, *flags, "--save_minutes", minutes))
+        assert saved == expected, minutes
 
 
 def other_model(tmp_path) -> Path:
