@@ -63,7 +63,7 @@ def join(device: torch.device) -> None:
     """Connects to all others: by gloo, and where all have GPUs by NCCL, which else would put it off to the first gradients."""
     global GRADIENTS, HEARTBEAT
     with or_exit(CONNECTING, f"not all of {WORLD_SIZE} processes were there after {CONNECTING} s"), connected():
-        store, _, _ = next(dist.rendezvous("env://"))
+        store = of_this_attempt(next(dist.rendezvous("env://"))[0])
         dist.init_process_group("gloo", store=store, rank=RANK, world_size=WORLD_SIZE, timeout=WORKING)
         own = dist.PrefixStore("heartbeat", store.clone())  # a connection of its own, which nothing else may keep busy
         own.set_timeout(timedelta(seconds=SILENCE / 2))
@@ -79,6 +79,22 @@ def join(device: torch.device) -> None:
             GRADIENTS = dist.new_group(backend="nccl")
             dist.all_reduce(torch.zeros(1, device=device), group=GRADIENTS)
             torch.cuda.synchronize()
+
+
+def of_this_attempt(store: dist.Store) -> dist.Store:
+    """A part of the store that is new. torchrun keeps one through its restarts, with the addresses of those that are dead."""
+    mine = os.urandom(8).hex()
+    store.set(f"here/{RANK}", mine)
+    if RANK > 0:
+        first = store.get(f"answer/{mine}").decode()  # waits for it
+        store.add(f"{first}/came", 1)
+        return dist.PrefixStore(first, store)
+    while store.add(f"{mine}/came", 0) < WORLD_SIZE - 1:
+        for here in [f"here/{rank}" for rank in range(1, WORLD_SIZE)]:
+            if store.check([here]):
+                store.set(f"answer/{store.get(here).decode()}", mine)
+        time.sleep(0.1)
+    return dist.PrefixStore(mine, store)
 
 
 def run_script(main: Callable[[list[str]], None]) -> None:

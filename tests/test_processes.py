@@ -103,6 +103,46 @@ with one_line_errors(ValueError, OSError):
     assert f"error in process 0 on {host}: process 1 on {host} is gone or cannot be reached" in line
 
 
+def test_who_works_long_is_waited_for_and_who_is_stopped_is_named():
+    """Within a silence of 3 seconds in place of 40."""
+    (code, out, err), (stopped, _, _) = two("""
+import os, signal, subprocess
+from plumbing import heartbeat
+heartbeat.SILENCE = 3
+processes.start()
+processes.all_gather(lambda: torch.zeros(1) if RANK == 0 else time.sleep(6) or torch.zeros(1))
+print("waited", flush=True)
+if RANK == 1:
+    subprocess.Popen(["sh", "-c", f"sleep 15; kill -9 {os.getpid()}"])
+    os.kill(os.getpid(), signal.SIGSTOP)
+began = time.monotonic()
+processes.all_gather(lambda: torch.zeros(1))
+""")
+    (line,) = error_lines(err)
+    host = socket.gethostname()
+    assert (code, stopped) == (2, -9) and "waited" in out
+    assert f"error in process 0 on {host}: no sign of process 1 on {host} for 3 s: killed, stopped, or its machine" in line
+
+
+def test_the_addresses_of_an_attempt_before_are_not_used():
+    """torchrun's store outlives its workers: a second attempt meets in it, though the first has left its keys there."""
+    (code_0, out_0, err_0), (code_1, out_1, err_1) = two(
+        """
+at = dict(host_name="localhost", port=int(os.environ["MASTER_PORT"]), multi_tenant=True, wait_for_workers=False)
+kept = dist.TCPStore(is_master=RANK == 0, **at)
+meet = processes.of_this_attempt
+found = []
+for attempt in range(2):
+    time.sleep(2 * attempt * (RANK == 0))  # the second time the first process comes late
+    found.append(meet(kept))
+    found[-1].set(f"address of {RANK}", str(attempt))
+    time.sleep(1)
+    print(found[-1].get(f"address of {1 - RANK}").decode(), flush=True)
+""".replace("\nat =", "\nimport os\nat =")
+    )
+    assert (out_0.split(), out_1.split()) == (["0", "1"], ["0", "1"]), err_0 + err_1
+
+
 def test_a_process_that_never_comes_is_not_waited_for_long():
     began = time.monotonic()
     (code, _, err), _ = two("""
@@ -143,6 +183,7 @@ class Recorder:
         monkeypatch.setattr(dist, "is_initialized", lambda: False)
         store = dist.HashStore()
         monkeypatch.setattr(dist, "rendezvous", lambda where: iter([(store, 1, 2)]))
+        monkeypatch.setattr(processes, "of_this_attempt", lambda store: store)
         monkeypatch.setattr(processes, "Heartbeat", lambda *_: SimpleNamespace(start=lambda: self.calls.append(("beat",))))
         monkeypatch.setattr(dist, "barrier", lambda: None)
         monkeypatch.setattr(
