@@ -23,7 +23,7 @@ from tqdm import tqdm
 from config import setting
 from plumbing import checkpoint, processes, report
 from plumbing.errors import one_line_errors
-from plumbing.flags import Parser
+from plumbing.flags import Parser, check_typed
 from plumbing.pipeline import encode_prompts, pipeline_policy, sample_images
 from plumbing.processes import RANK, WORLD_SIZE, all_gather, say
 from plumbing.prompts import draw_prompts, load_prompts
@@ -88,6 +88,7 @@ def parse(argv: list[str]) -> tuple[EvaluationConfig, list[Model]]:
         if first.protocol == "none":
             parser.set_defaults(prompts=[trained[0]["eval_prompts"] or trained[0]["prompts"]])
     config = parser.parse_strictly(argv)
+    check_typed(config.rewards, argv, "--rewards, or others there")
     if trained:
         config.prompts = [name.replace("TRAINED", trained[0]["prompts"]) for name in config.prompts]
     if len({settings["model"] for settings in trained}) > 1:

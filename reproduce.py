@@ -10,7 +10,6 @@ After an interruption the same command goes on where it was. Results: results/re
 and time.json, of every invocation, whether it came to its end or not.
 """
 
-import argparse
 import json
 import math
 import os
@@ -25,7 +24,7 @@ from config import LASRO_PRESETS, PRESETS, Config, LasroConfig
 from plumbing import checkpoint, plots
 from plumbing.errors import one_line_errors
 from plumbing.figures import TARGETS, Target
-from plumbing.flags import go_on, parse
+from plumbing.flags import OneLineParser, go_on, parse
 from plumbing.jobs import Job, file_name, work_off
 from plumbing.processes import say
 from plumbing.prompts import load_prompts
@@ -330,7 +329,7 @@ def timed(options) -> Iterator[None]:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="reproduce.py", description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = OneLineParser(prog="reproduce.py", description=__doc__.partition("\n")[0], allow_abbrev=False)
     described = "; ".join(f"{name} ({target.title})" for name, target in TARGETS.items())
     parser.add_argument("targets", nargs="+", choices=[*TARGETS, "all"], metavar="target", help=f"all, or of {described}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the runs and their evaluation")
@@ -338,11 +337,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
     parser.add_argument("--folder", type=Path, default=Path("runs/reproduce"), help="where runs and evaluations lie")
     parser.add_argument("--results", type=Path, default=Path("results/reproduce"), help="where JSON files and pictures go")
-    options = parser.parse_args(argv)
-    options.argv, options.seeds = argv, list(dict.fromkeys(options.seeds))
-    if options.jobs < 1 or options.lengthen <= 0 or min(options.seeds) < 0:
-        parser.error("--jobs must be at least 1, --lengthen above 0 and --seeds at least 0")
     with one_line_errors(ValueError, OSError):
+        options = parser.parse_args(argv)
+        options.argv, options.seeds = argv, list(dict.fromkeys(options.seeds))
+        if options.jobs < 1 or options.lengthen <= 0 or min(options.seeds) < 0:
+            parser.error("--jobs must be at least 1, --lengthen above 0 and --seeds at least 0")
         try:
             with timed(options):
                 reproduce(list(TARGETS) if "all" in options.targets else options.targets, options)

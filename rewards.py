@@ -66,8 +66,8 @@ def load_function(name: str) -> Reward:
         sys.path.append(os.getcwd())
     try:
         reward = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"reward {name!r}: {error}") from error
+    except Exception as error:  # whatever a file of the user's raises when it is read
+        raise ValueError(f"reward {name!r}: {type(error).__name__}: {error}") from error
     if not callable(reward):
         raise ValueError(f"reward {name!r} is not a function (images, prompts) -> scores")
     return lambda images, prompts: reward(images.cpu(), prompts)
@@ -82,10 +82,11 @@ def load_reward(name: str, weights: list[str] = (), device: torch.device = CPU, 
 
     weights: `name=path` of reward models that lie on this machine; the others come from the hub. dtype: theirs, not the scores'.
     """
+    local = local_weights(weights)
     if name in FUNCTIONS:
         return checked(name, FUNCTIONS[name])
     if name in reward_models.LOADERS:
-        return checked(name, reward_models.LOADERS[name](local_weights(weights), device, dtype))
+        return checked(name, reward_models.LOADERS[name](local, device, dtype))
     if ":" in name:
         return checked(name, load_function(name))
     raise ValueError(f"unknown reward {name!r}: {known_rewards()}")

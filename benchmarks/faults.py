@@ -90,7 +90,7 @@ def kill_once(scene: str, run: Path, aim: str, length: float, chance: random.Ran
             process.communicate()
             interrupted = under_way(run, since)
             return interrupted[0] if interrupted else "neither"
-        time.sleep(0.001)
+        time.sleep(0.005)
     said = process.communicate()[1]
     if process.returncode:
         raise ValueError(f"{scene} ended by itself with exit code {process.returncode}: {said.strip().splitlines()[-1]}")

@@ -69,6 +69,14 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
         raise OSError(f"{path}: {error}") from error
 
 
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """load_file, with a ValueError instead of the library's own."""
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"damaged checkpoint {path.parent}: {path.name}: {error}") from error
+
+
 def take_tensors(thing, name: str, tensors: dict[str, torch.Tensor]):
     """The nested state as JSON has it; its tensors go to `tensors`, under names that are left in their places."""
     if isinstance(thing, torch.Tensor):
@@ -205,7 +213,7 @@ def newest_whole(run: Path) -> tuple[Path, list[str]]:
 def load_weights(folder: Path, parameters: dict[str, torch.nn.Parameter]) -> None:
     """Restores the weights in place; ValueError if the checkpoint is damaged or belongs to another model."""
     check_sums(read_folder(folder), WEIGHTS)
-    weights = load_file(folder / WEIGHTS)
+    weights = load_tensors(folder / WEIGHTS)
     shapes, wanted = ({name: tuple(t.shape) for name, t in d.items()} for d in (weights, parameters))
     if shapes != wanted:
         differing = sorted(name for name in shapes.keys() | wanted.keys() if shapes.get(name) != wanted.get(name))
@@ -223,7 +231,7 @@ def load(folder: Path, parameters: dict[str, torch.nn.Parameter], states: dict) 
     about = read_folder(folder)
     load_weights(folder, parameters)
     try:
-        known = put_tensors({"items": list(about["state"].items())}, load_file(folder / STATE))
+        known = put_tensors({"items": list(about["state"].items())}, load_tensors(folder / STATE))
         for name, thing in states.items():
             thing.load_state_dict(known[name])
     except Exception as error:  # torch raises many kinds

@@ -10,14 +10,18 @@ from transformers import HfArgumentParser
 
 from config import MAY_CHANGE_ON_RESUME, PRESETS, Config
 from plumbing import checkpoint
-from plumbing.run import read_run
+from plumbing.run import check_links, read_run
 
 
-class Parser(HfArgumentParser):
-    """Raises ValueError with one line instead of printing the usage of forty flags."""
+class OneLineParser(argparse.ArgumentParser):
+    """Raises ValueError with one line instead of printing the usage of all flags."""
 
     def error(self, message: str):
         raise ValueError(f"{message} (all settings: --help)")
+
+
+class Parser(OneLineParser, HfArgumentParser):
+    """Of a dataclass's fields."""
 
     def parse_strictly(self, argv: list[str]):
         """The dataclass; ValueError for an unknown argument, with the flag it resembles."""
@@ -45,6 +49,7 @@ def parse(
         raise ValueError(str(error)) from error
     parser = Parser(kind, prog=prog, description=description, allow_abbrev=False)
     if given.resume:
+        check_links(Path(given.resume))
         saved = checkpoint.read_state(Path(given.resume))["config"]
         check_known(given.resume, saved, kind)
         parser.set_defaults(**saved | {"resume": given.resume, "output_dir": given.resume})
@@ -55,7 +60,15 @@ def parse(
     config = parser.parse_strictly(argv)
     if given.resume:
         check_unchanged(config, saved, f"cannot resume {given.resume}")
+        check_typed(config.reward, argv, f"--reward, since {given.resume} was begun with it")
     return config
+
+
+def check_typed(rewards: list[str], argv: list[str], how: str) -> None:
+    """ValueError for a reward module:function that is in a run folder but not on the command line: it would run its code."""
+    for name in rewards:
+        if ":" in name and not any(word == name or word.endswith(f"={name}") for word in argv):
+            raise ValueError(f"the reward {name} is code, which is run only if it is typed: give it by {how}")
 
 
 def go_on(config):
@@ -66,6 +79,7 @@ def go_on(config):
     run = Path(config.output_dir)
     if config.resume or not (run / "metrics.jsonl").exists():
         return config
+    check_links(run)
     found = checkpoint.all_checkpoints(run)
     saved = checkpoint.read_state(run)["config"] if found else read_run(run)
     check_known(config.output_dir, saved, type(config))

@@ -159,11 +159,16 @@ def load_pipeline(name: str, device: torch.device) -> DiffusionPipeline:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            folder = name if local else DiffusionPipeline.download(name, safety_checker=None)
-            pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, safety_checker=None)
+            # Weights in safetensors only: nothing is unpickled.
+            folder = name if local else DiffusionPipeline.download(name, safety_checker=None, use_safetensors=True)
+            pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, safety_checker=None, use_safetensors=True)
     except Exception as error:  # the libraries raise many kinds for a folder that is no pipeline, or no connection
-        where = "folder" if local else "hub id (and no folder of that name)"
-        raise ValueError(f"cannot load a pipeline from the {where} {name!r}: {str(error).splitlines()[0]}") from error
+        if local:
+            raise ValueError(f"cannot load a pipeline from the folder {name!r}: {str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"cannot load the hub id {name!r}, and there is no folder of that name ({type(error).__name__}): check id and "
+            f"connection, or download it elsewhere (hf download {name} --local-dir FOLDER) and give the folder"
+        ) from error
     if not isinstance(getattr(pipe, "unet", None), UNet2DConditionModel) or not hasattr(pipe, "encode_prompt"):
         raise ValueError(f"{name!r} is a {type(pipe).__name__}: a text-to-image pipeline with a UNet is needed")
     pipe.set_progress_bar_config(disable=True)

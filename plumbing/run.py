@@ -288,8 +288,16 @@ def kl_samples(log_ratio: Tensor) -> Tensor:
     return log_ratio.sum(-1).flatten() if known.all() else log_ratio[known] * log_ratio.shape[-1]
 
 
+def check_links(run: Path) -> None:
+    """ValueError if something in a run folder leads out of it: what is written there would land elsewhere."""
+    for path in run.rglob("*"):
+        if path.is_symlink() and not path.resolve().is_relative_to(run.resolve()):
+            raise ValueError(f"{path} is a link out of the run folder, to {path.readlink()}: remove it")
+
+
 def read_run(run: Path) -> dict:
-    """The settings of a run; ValueError if the folder is none."""
+    """The settings of a run; ValueError if the folder is none, or leads elsewhere."""
+    check_links(run)
     try:
         return json.loads((run / "config.json").read_text())
     except (OSError, json.JSONDecodeError) as error:

@@ -126,7 +126,7 @@ processes.all_gather(lambda: torch.zeros(1))
 
 def test_the_addresses_of_an_attempt_before_are_not_used():
     """torchrun's store outlives its workers: a second attempt meets in it, though the first has left its keys there."""
-    (code_0, out_0, err_0), (code_1, out_1, err_1) = two(
+    (_, out_0, err_0), (_, out_1, err_1) = two(
         """
 at = dict(host_name="localhost", port=int(os.environ["MASTER_PORT"]), multi_tenant=True, wait_for_workers=False)
 kept = dist.TCPStore(is_master=RANK == 0, **at)

@@ -342,6 +342,8 @@ def refused(capsys, argv) -> str:
 def test_wrong_settings(capsys, tmp_path, model_folder, monkeypatch):
     base = arguments(model_folder, tmp_path / "run", "--epochs", "1")
     monkeypatch.setitem(sys.modules, "wandb", None)
+    (tmp_path / "torn_reward.py").write_text("def f(images, prompts:\n")
+    monkeypatch.syspath_prepend(tmp_path)
     for more, message in [
         (["--preset", "tpy"], "unknown preset 'tpy': use small-hpsv2"),
         (["--lora_rank", "-1"], "lora_rank must be at least 0"),
@@ -356,6 +358,10 @@ def test_wrong_settings(capsys, tmp_path, model_folder, monkeypatch):
         (["--reward", "no_module:f"], "No module named 'no_module'"),
         (["--reward", "math:nothing"], "no attribute 'nothing'"),
         (["--reward", "math:pi"], "not a function"),
+        (["--reward", "torn_reward:f"], "reward 'torn_reward:f': SyntaxError: "),
+        (["--reward_weights", "nope=FILE"], "reward weights 'nope=FILE': use NAME=PATH with a name of hpsv2"),
+        (["--eta", "3"], "asks for more noise than a step of this schedule leaves"),
+        (["--save_minutes", "-1"], "save_minutes must be at least 0"),
         (["--method", "magic"], "invalid choice: 'magic' (choose from"),
         (["--method", "d3po"], "use --shared_x_T and an even --images_per_prompt"),
         (["--method", "d3po", "--shared_x_T"], "use --shared_x_T and an even --images_per_prompt"),
