@@ -25,7 +25,7 @@ lint: .venv/installed
 	touch $@
 
 runs/demo/pipeline/model_index.json: | .venv/installed
-	$(BIN)/python train.py $(if $(wildcard runs/demo/checkpoints),--resume runs/demo,--preset toy --output_dir runs/demo)
+	$(BIN)/python train.py --preset toy --output_dir runs/demo
 
 runs/demo/evaluation/report.html: runs/demo/pipeline/model_index.json
 	$(BIN)/python evaluate.py --runs runs/demo $(EVALUATE)

@@ -2,7 +2,6 @@
 
     python lasro.py --preset toy-turbo                          # a laptop, minutes: the miniature, distilled to two steps
     torchrun --nproc_per_node=8 lasro.py --preset sd-turbo      # where there are GPUs
-    python lasro.py --resume runs/toy-turbo                     # goes on where a run stopped
 
 Of two steps the last draws no noise: half the chain has no likelihood, and a policy gradient leaves out what theta does in it. So
 the black-box reward is learned instead, by a surrogate R_psi on latents, and the generator descends through that:

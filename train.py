@@ -2,7 +2,7 @@
 
     python train.py --preset toy                                              # a laptop, minutes: the embedded miniature
     torchrun --nproc_per_node=2 train.py --preset toy --output_dir runs/two   # the same on two processes, GPUs or machines
-    python train.py --resume runs/toy                                         # goes on where a run stopped, on a CPU bit by bit
+    python train.py --preset toy                                              # again: goes on, on a CPU bit by bit
     python train.py --help                                                    # every setting
 
 A run folder holds config.json, metrics.jsonl (docs/metrics.md), reward.png, samples/, checkpoints/ and, at the end,
