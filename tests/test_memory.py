@@ -6,7 +6,8 @@ import json
 import pytest
 import torch
 
-from benchmarks import memory, speed
+from benchmarks import memory, memory_few, speed
+from config import LASRO_PRESETS, LasroConfig
 from plumbing.flags import parse
 
 FLAGS = ["--preset", "large-hpsv2", "--sample_batch_size", "4", "--train_batch_size", "16"]
@@ -37,6 +38,8 @@ def tinier(monkeypatch):
     )  # fmt: skip
     shape["vae"] |= dict(block_out_channels=(16, 16))
     monkeypatch.setitem(memory.rehearsal.PIPELINES, "tiny", shape)
+    turbo = memory.rehearsal.PIPELINES["tiny-sd-turbo"] | {part: shape[part] for part in ("unet", "vae")}
+    monkeypatch.setitem(memory.rehearsal.PIPELINES, "tiny-sd-turbo", turbo)
 
 
 def test_options_save_what_they_should(monkeypatch):
@@ -65,6 +68,24 @@ def test_options_save_what_they_should(monkeypatch):
 
     adapters = memory.derive(parse([*FLAGS, "--lora_rank", "2"]), "tiny")
     assert adapters["resident"] < usual["resident"] - 2.9 * size  # no reference, hardly any moments
+
+
+def test_models_of_few_steps_hold_three_networks_and_a_surrogate():
+    flags = ["--preset", "sd-turbo", "--teacher_guidance", "1"]
+
+    def derive(*more: str) -> dict[str, float]:
+        return memory_few.derive(parse([*flags, *more], LasroConfig, LASRO_PRESETS), "tiny-sd-turbo")
+
+    with torch.device("meta"):
+        unet = memory.UNet2DConditionModel(**memory.rehearsal.PIPELINES["tiny"]["unet"])
+    size, usual = memory.size_of(unet), derive()
+    assert list(usual) == ["resident", "sample", "reward", "surrogate", "generator"]
+    assert usual["resident"] > 5 * size and min(usual["surrogate"], usual["generator"]) > usual["resident"] - 2 * size
+    adapters = derive("--lora_rank", "2", "--reward_dtype", "fp16")
+    with torch.device("meta"):
+        hpsv2 = memory.open_clip.CLIP(**memory.rehearsal.REWARDS["tiny"]["hpsv2"])
+    saved = usual["resident"] - adapters["resident"] - memory.size_of(hpsv2) / 2
+    assert 1.9 * size < saved < 2 * size  # hardly any moments of the generator
 
 
 def test_passes_of_an_epoch():

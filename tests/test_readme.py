@@ -12,6 +12,7 @@ from conftest import ROOT
 from safetensors.torch import load_file
 from test_house import ROOMS
 
+from benchmarks import memory_few
 from benchmarks.memory import RECIPES, passes
 from config import PRESETS, Config
 from miniature import TURBO, WEIGHTS, build, world
@@ -341,6 +342,14 @@ def at_seconds(run: dict, seconds: float) -> float:
             share = (seconds - before["seconds"]) / (after["seconds"] - before["seconds"])
             return before["eval_reward"] + share * (after["eval_reward"] - before["eval_reward"])
     return marks[-1]["eval_reward"]
+
+
+def test_memory_at_few_steps_is_the_derived_one():
+    found, page = result("memory-few.json"), (ROOT / "docs" / "few-steps.md").read_text()
+    assert [row["flags"] for row in found["results"]] == [f"--preset {name}" for name in memory_few.PRESETS]
+    for row in found["results"]:
+        cells = [f"{value:.1f}" for name, value in row.items() if name != "flags"]
+        assert f"| `{row['flags']}` | {' | '.join(cells)} |" in page
 
 
 def test_the_comparison_at_few_steps_is_the_measured_one():

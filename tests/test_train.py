@@ -472,6 +472,17 @@ def test_the_checkpoint_before_serves_where_the_newest_is_damaged(finished, mode
     assert newest.exists() and newest.with_suffix(".damaged").exists()
 
 
+def test_another_number_of_processes_is_told_of(finished, model_folder, tmp_path, capsys):
+    run = shutil.copytree(finished, tmp_path / "of_two")
+    state = checkpoint.all_checkpoints(run)[-1] / "state.json"
+    state.write_text(state.read_text().replace('"processes": 1', '"processes": 2'))
+    train.main(arguments(model_folder, run, "--epochs", "2"))
+    said = capsys.readouterr().out
+    assert "saved by 2 processes, continued by 1" in said and "up to rounding, not bit for bit" in said
+    train.main(arguments(model_folder, finished, "--epochs", "2"))
+    assert "processes, continued by" not in capsys.readouterr().out
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(finished, model_folder, tmp_path, capsys, monkeypatch):
     run = shutil.copytree(finished, tmp_path / "full")
     before = {path: path.read_bytes() for path in (run / "checkpoints").rglob("*.*")}
