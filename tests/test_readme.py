@@ -12,7 +12,7 @@ from conftest import ROOT
 from safetensors.torch import load_file
 from test_house import ROOMS
 
-from benchmarks import memory_few
+from benchmarks import faults, memory_few
 from benchmarks.memory import RECIPES, passes
 from config import PRESETS, Config
 from miniature import TURBO, WEIGHTS, build, world
@@ -342,6 +342,16 @@ def at_seconds(run: dict, seconds: float) -> float:
             share = (seconds - before["seconds"]) / (after["seconds"] - before["seconds"])
             return before["eval_reward"] + share * (after["eval_reward"] - before["eval_reward"])
     return marks[-1]["eval_reward"]
+
+
+def test_the_campaign_of_kills_is_the_committed_one():
+    found, page = result("faults.json")["results"], (ROOT / "docs" / "cluster.md").read_text()
+    assert list(found) == list(faults.SCENES)
+    for scene, count in found.items():
+        assert f"| {scene} | {' | '.join(map(str, count.values()))} |" in page
+        assert count["finished"] >= 1 and count["equal"] == count["finished"]
+    assert sum(count["kills"] for count in found.values()) >= 50
+    assert all(sum(count[what] for count in found.values()) >= 10 for what in ("save", "evaluation"))
 
 
 def test_memory_at_few_steps_is_the_derived_one():
