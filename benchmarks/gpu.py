@@ -14,7 +14,9 @@ paper's large-scale settings but for 4 prompts an epoch instead of 64, and 10 st
 
 import argparse
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -53,12 +55,17 @@ CAPS = {"every weight, 24 GB": 24e9, "adapters, 12 GB": 12e9}  # bytes
 
 def call(command: list[str]) -> dict:
     """Runs it in the project's root -> seconds, and where it did not end well the last line it said."""
-    began = time.monotonic()
+    began, pipe = time.monotonic(), subprocess.PIPE
+    process = subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)
-        failure = None if done.returncode == 0 else last_words(done.stderr.strip() or done.stdout)
+        stdout, stderr = process.communicate(timeout=LIMIT)
+        failure = None if process.returncode == 0 else last_words(stderr.strip() or stdout)
     except subprocess.TimeoutExpired:
         failure = f"not finished after {LIMIT} seconds"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)  # with what it has started, as a compiler's workers
+            process.communicate()
     return {"seconds": round(time.monotonic() - began), "failure": failure}
 
 
