@@ -7,7 +7,6 @@ at any moment. All processes of a run die at once, as with their machine. What a
 it leaves: an unfinished checkpoint, or an epoch in the record whose evaluation is due and missing.
 """
 
-import argparse
 import json
 import os
 import random
@@ -16,12 +15,14 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from tqdm import tqdm
 
 from plumbing import checkpoint
-from plumbing.errors import one_line_errors
+from plumbing.errors import last_words, one_line_errors
+from plumbing.flags import OneLineParser
 from plumbing.jobs import file_name
 from plumbing.provenance import provenance
 from plumbing.run import read_metrics
@@ -50,13 +51,15 @@ def begin(scene: str, run: Path) -> subprocess.Popen:
 
 
 def kill_all(run: Path) -> None:
-    """SIGKILL to every process whose command line names the run."""
-    for process in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if str(run).encode() in process.read_bytes().split(b"\0"):
-                os.kill(int(process.parent.name), signal.SIGKILL)
-        except (OSError, ProcessLookupError):  # it has ended meanwhile
-            continue
+    """SIGKILL to every process whose command line names the run, until there is none that lives."""
+    alive = True
+    while alive:
+        alive = False
+        for process in Path("/proc").glob("[0-9]*/cmdline"):
+            with suppress(OSError):  # it has ended meanwhile
+                if str(run).encode() in process.read_bytes().split(b"\0"):
+                    os.kill(int(process.parent.name), signal.SIGKILL)
+                    alive = True
 
 
 def under_way(run: Path, since: float) -> tuple[str, int] | None:
@@ -93,7 +96,7 @@ def kill_once(scene: str, run: Path, aim: str, length: float, chance: random.Ran
         time.sleep(0.005)
     said = process.communicate()[1]
     if process.returncode:
-        raise ValueError(f"{scene} ended by itself with exit code {process.returncode}: {said.strip().splitlines()[-1]}")
+        raise ValueError(f"{scene} ended by itself with exit code {process.returncode}: {last_words(said)}")
     return None
 
 
@@ -134,13 +137,16 @@ def campaign(kills: int, folder: Path, seed: int) -> dict[str, dict[str, int]]:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="benchmarks.faults", description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = OneLineParser(prog="benchmarks.faults", description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--folder", type=Path, default=Path("runs/faults"), help="for the runs; emptied first")
     parser.add_argument("--output", type=Path, required=True, help="a JSON file")
-    options = parser.parse_args(argv)
     with one_line_errors(ValueError, OSError):
+        options = parser.parse_args(argv)
+        there = {path.name for path in options.folder.glob("*")} - {file_name(scene) for scene in SCENES}
+        if there:
+            raise ValueError(f"{options.folder} holds other things, as {min(there)}: choose another --folder")
         shutil.rmtree(options.folder, ignore_errors=True)
         counts = campaign(options.kills, options.folder, options.seed)
         found = provenance("-m benchmarks.faults", argv) | {"results": counts}

@@ -169,7 +169,10 @@ def main(argv: list[str]) -> None:
             name, equals, folder = spec.rpartition("=")
             if not equals:
                 raise ValueError(f"--runs takes name=folder, not {spec!r}")
-            runs.setdefault(name, {})[str(read_run(Path(folder))["seed"])] = Path(folder)
+            settings = read_run(Path(folder))
+            if any(":" in reward for reward in settings["reward"]):
+                raise ValueError(f"{folder}: its reward {' '.join(settings['reward'])} is code, which is not run here")
+            runs.setdefault(name, {})[str(settings["seed"])] = Path(folder)
         options.output.parent.mkdir(parents=True, exist_ok=True)
 
         every = [(name, seed) for name, seeds in runs.items() for seed in seeds]

@@ -3,7 +3,8 @@
     checkpoints/epoch_000020/
         weights.safetensors   the trained parameters, by name
         state.safetensors     the tensors of all else: optimisers, and what a method remembers (statistics, critics, replay)
-        state.json            epochs completed, settings, number of processes, where those tensors belong, each file's SHA-256
+        state.json            epochs completed, settings, number of processes, and where those tensors belong
+        SHA256SUMS            of the three, as `sha256sum --check` reads it
 
 The two newest are for resuming: where a file of the newest is not what was written, the one before serves. Of older ones, those
 that --keep_every asks for stay, without state.safetensors, for evaluate.py.
@@ -21,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-WEIGHTS, STATE = "weights.safetensors", "state.safetensors"
+WEIGHTS, STATE, ABOUT, SUMS = "weights.safetensors", "state.safetensors", "state.json", "SHA256SUMS"
 AT_ONCE = 3  # two that are kept, and one that is being written
 
 
@@ -43,9 +44,9 @@ def save(
         unfinished.mkdir(parents=True)
         save_tensors({name: parameter.detach() for name, parameter in parameters.items()}, unfinished / WEIGHTS)
         save_tensors(tensors, unfinished / STATE)
-        sums = {name: checksum(unfinished / name) for name in (WEIGHTS, STATE)}
-        about = {"epoch": epoch, "processes": processes, "sha256": sums, "config": config, "state": state}
-        (unfinished / "state.json").write_text(json.dumps(about, indent=1))
+        about = {"epoch": epoch, "processes": processes, "config": config, "state": state}
+        (unfinished / ABOUT).write_text(json.dumps(about, indent=1))
+        write_sums(unfinished)
         for written in (*unfinished.iterdir(), unfinished):
             settle(written)
         os.replace(unfinished, folder)
@@ -58,7 +59,9 @@ def save(
         if config["keep_every"] and epoch_of(old) % config["keep_every"] == 0:
             (old / STATE).unlink(missing_ok=True)
         else:
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
+    for damaged in (run / "checkpoints").glob("*.damaged"):
+        shutil.rmtree(damaged, ignore_errors=True)
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -70,9 +73,9 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """load_file, with a ValueError instead of the library's own."""
+    """load_file, with a ValueError instead of the library's own, and without holding on to the file."""
     try:
-        return load_file(path)
+        return {name: tensor.clone() for name, tensor in load_file(path).items()}
     except SafetensorError as error:
         raise ValueError(f"damaged checkpoint {path.parent}: {path.name}: {error}") from error
 
@@ -103,6 +106,12 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def write_sums(folder: Path) -> None:
+    """SHA256SUMS of the three other files of a checkpoint."""
+    sums = [f"{checksum(folder / name)}  {name}\n" for name in (WEIGHTS, STATE, ABOUT)]
+    (folder / SUMS).write_text("".join(sums))
+
+
 def settle(path: Path) -> None:
     """Waits until the disk has a file, or a folder's entries: a machine may lose its power."""
     number = os.open(path, os.O_RDONLY)
@@ -120,9 +129,11 @@ def clear_unfinished(run: Path) -> None:
 
 def size_of(parameters: dict[str, torch.nn.Parameter], states: dict) -> int:
     """Bytes of a checkpoint after the first update of AdamW, which keeps two moments of every parameter it is given."""
-    moments = [p for group in states["optimizer"].param_groups for p in group["params"]]
+    groups = [group for thing in states.values() for group in getattr(thing, "param_groups", [])]
+    moments = [parameter for group in groups for parameter in group["params"]]
     remembered: dict[str, torch.Tensor] = {}
-    take_tensors({name: thing.state_dict() for name, thing in states.items() if name != "optimizer"}, "", remembered)
+    others = {name: thing.state_dict() for name, thing in states.items() if not hasattr(thing, "param_groups")}
+    take_tensors(others, "", remembered)
     every = [*parameters.values(), *moments, *moments, *remembered.values()]
     return sum(tensor.numel() * tensor.element_size() for tensor in every)
 
@@ -132,7 +143,7 @@ def check_room(run: Path, size: int) -> str:
 
     size: bytes of one.
     """
-    there = sum(file.stat().st_size for file in (run / "checkpoints").glob("epoch_*/*"))
+    there = sum(file.stat().st_size for folder in all_checkpoints(run)[-2:] for file in folder.iterdir())
     free = shutil.disk_usage(run).free + there
     needed, has = (f"{number / 1e9:.3g} GB" for number in (AT_ONCE * size, free))
     if free < AT_ONCE * size:
@@ -171,24 +182,24 @@ def read_state(run: Path) -> dict:
 
 
 def read_folder(folder: Path) -> dict:
-    """One checkpoint's {"epoch", "processes", "sha256", "config", "state", "folder"}; ValueError if it is damaged."""
+    """One checkpoint's {"epoch", "processes", "config", "state", "folder"}; ValueError if it is damaged."""
     try:
-        about = json.loads((folder / "state.json").read_text())
-        kinds = {"epoch": int, "processes": int, "sha256": dict, "config": dict, "state": dict}
+        about = json.loads((folder / ABOUT).read_text())
+        kinds = {"epoch": int, "processes": int, "config": dict, "state": dict}
         return {name: kind(about[name]) for name, kind in kinds.items()} | {"folder": folder}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"damaged checkpoint {folder}: state.json: {error}") from error
 
 
-def check_sums(about: dict, *names: str) -> None:
+def check_sums(folder: Path, *names: str) -> None:
     """ValueError unless these files of a checkpoint are what was written."""
-    for name in names:
-        try:
-            same = checksum(about["folder"] / name) == about["sha256"].get(name)
-        except OSError as error:
-            raise ValueError(f"damaged checkpoint {about['folder']}: {error}") from error
-        if not same:
-            raise ValueError(f"damaged checkpoint {about['folder']}: {name} is not what was written, by its SHA-256")
+    try:
+        sums = dict(reversed(line.split()) for line in (folder / SUMS).read_text().splitlines())
+        wrong = [name for name in names if checksum(folder / name) != sums.get(name)]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"damaged checkpoint {folder}: {SUMS}: {error}") from error
+    if wrong:
+        raise ValueError(f"damaged checkpoint {folder}: {wrong[0]} is not what was written, by its SHA-256")
 
 
 def newest_whole(run: Path) -> tuple[Path, list[str]]:
@@ -199,7 +210,8 @@ def newest_whole(run: Path) -> tuple[Path, list[str]]:
     wrong = []
     for folder in reversed(all_checkpoints(run)):
         try:
-            check_sums(read_folder(folder), WEIGHTS, STATE)
+            check_sums(folder, WEIGHTS, STATE, ABOUT)
+            read_folder(folder)
         except ValueError as error:
             wrong.append((folder, str(error)))
             continue
@@ -212,7 +224,7 @@ def newest_whole(run: Path) -> tuple[Path, list[str]]:
 
 def load_weights(folder: Path, parameters: dict[str, torch.nn.Parameter]) -> None:
     """Restores the weights in place; ValueError if the checkpoint is damaged or belongs to another model."""
-    check_sums(read_folder(folder), WEIGHTS)
+    check_sums(folder, WEIGHTS)
     weights = load_tensors(folder / WEIGHTS)
     shapes, wanted = ({name: tuple(t.shape) for name, t in d.items()} for d in (weights, parameters))
     if shapes != wanted:

@@ -8,7 +8,7 @@ from typing import Literal, get_args, get_origin
 
 from transformers import HfArgumentParser
 
-from config import MAY_CHANGE_ON_RESUME, PRESETS, Config
+from config import AUTO, MAY_CHANGE_ON_RESUME, PRESETS, Config
 from plumbing import checkpoint
 from plumbing.run import check_links, read_run
 
@@ -77,14 +77,15 @@ def go_on(config):
     So the command that began a run continues it. ValueError if the folder holds another run.
     """
     run = Path(config.output_dir)
-    if config.resume or not (run / "metrics.jsonl").exists():
+    found = checkpoint.all_checkpoints(run)
+    if config.resume or not (found or (run / "metrics.jsonl").exists()):
         return config
     check_links(run)
-    found = checkpoint.all_checkpoints(run)
     saved = checkpoint.read_state(run)["config"] if found else read_run(run)
     check_known(config.output_dir, saved, type(config))
     check_unchanged(config, saved, f"{config.output_dir} already holds a run, choose another --output_dir to begin one")
-    return dataclasses.replace(config, resume=config.output_dir) if found else config
+    found_sizes = {name: saved[name] for name in saved if name.endswith("batch_size") and getattr(config, name) == AUTO}
+    return dataclasses.replace(config, resume=config.output_dir, **found_sizes) if found else config
 
 
 def check_unchanged(config, saved: dict, sentence: str) -> None:

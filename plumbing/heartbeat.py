@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 BEAT = 1.0  # seconds between two beats
 SILENCE = 40.0  # seconds without one after which a process counts as dead
+MEETING = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
 LEFT = 2**40  # beats of one that has ended as it should
 
 
@@ -27,13 +28,25 @@ class Heartbeat(threading.Thread):
     def __init__(self, store: dist.Store, rank: int, number: int, on_silence: Callable[[str], None]):
         super().__init__(daemon=True, name="heartbeat")
         self.store, self.rank, self.on_silence = store, rank, on_silence
-        self.heard = [0] * number
+        self.rounds, self.heard = 0, [0] * number
         self.silent = [0.0] * number  # seconds, counted while this process was awake itself
         self.left = threading.Event()
         store.set(f"host/{rank}", socket.gethostname())
         store.add(f"beats/{rank}", 1)
 
+    def watch(self) -> None:
+        """Beside run(), which waits for as long as whoever holds the store is frozen."""
+        known, waited, last = self.rounds, 0.0, time.monotonic()
+        while not self.left.wait(BEAT):
+            now = time.monotonic()
+            waited = waited + min(now - last, 2 * BEAT) if known == self.rounds else 0.0
+            known, last = self.rounds, now
+            if waited > SILENCE:
+                self.on_silence(f"no answer for {SILENCE:.0f} s from {MEETING}, where the processes find one another")
+                return
+
     def run(self) -> None:
+        threading.Thread(target=self.watch, daemon=True).start()
         last, lost = time.monotonic(), 0
         while not self.left.wait(BEAT):
             try:
@@ -42,10 +55,10 @@ class Heartbeat(threading.Thread):
             except RuntimeError:  # of the library, for a lost connection as for its time limit
                 lost += 1
                 if lost == 3:  # not as soon as the process that holds the store has ended before this one
-                    where = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
-                    self.on_silence(f"{where}, where the processes find one another, is gone or cannot be reached")
+                    self.on_silence(f"{MEETING}, where the processes find one another, is gone or cannot be reached")
                     return
                 continue
+            self.rounds, lost = self.rounds + 1, 0
             now = time.monotonic()
             passed, last = min(now - last, 2 * BEAT), now
             for rank, count in enumerate(heard):

@@ -122,7 +122,9 @@ def noise_schedule(scheduler: DDIMScheduler | LCMScheduler, eta: float) -> Sched
     )  # fmt: skip
     if (schedule.sigma > schedule.s[1:] * (1 + 1e-9)).any():
         most = (schedule.s[1:] / schedule.sigma)[schedule.noisy].min().item() * eta
-        raise ValueError(f"eta={eta} asks for more noise than a step of this schedule leaves: use at most {most:.3g}")
+        raise ValueError(
+            f"eta={eta} asks for more noise than a step of this schedule leaves: use at most {math.floor(100 * most) / 100:g}"
+        )
     return schedule
 
 
@@ -166,8 +168,8 @@ def load_pipeline(name: str, device: torch.device) -> DiffusionPipeline:
         if local:
             raise ValueError(f"cannot load a pipeline from the folder {name!r}: {str(error).splitlines()[0]}") from error
         raise ValueError(
-            f"cannot load the hub id {name!r}, and there is no folder of that name ({type(error).__name__}): check id and "
-            f"connection, or download it elsewhere (hf download {name} --local-dir FOLDER) and give the folder"
+            f"cannot load the hub id {name!r}, and there is no folder of that name ({' '.join(str(error).split())[:100]}...): "
+            f"check id and connection, or download it elsewhere (hf download {name} --local-dir FOLDER) and give the folder"
         ) from error
     if not isinstance(getattr(pipe, "unet", None), UNet2DConditionModel) or not hasattr(pipe, "encode_prompt"):
         raise ValueError(f"{name!r} is a {type(pipe).__name__}: a text-to-image pipeline with a UNet is needed")

@@ -85,7 +85,9 @@ class Run:
             if not self.config.resume and (self.folder / "metrics.jsonl").exists():
                 say(f"{self.folder} holds no checkpoint yet: its run begins again")
             say(checkpoint.check_room(self.folder, checkpoint.size_of(self.parameters, self.states)))
-            (self.folder / "config.json").write_text(json.dumps(dataclasses.asdict(self.config), indent=1))
+            unfinished = self.folder / "config.json.unfinished"
+            unfinished.write_text(json.dumps(dataclasses.asdict(self.config), indent=1))
+            unfinished.replace(self.folder / "config.json")
             self.log = start_log(self.config, self.folder, self.completed)
 
         all_wait_for_first(prepare)
@@ -99,10 +101,14 @@ class Run:
             self.metrics = [{"epoch": 0} | self.all_evaluate()]
             self.log(self.metrics[0])
         self.write_metrics()
+        if self.completed:
+            self.lap = Stopwatch()
+            self.all_evaluate_if_due()  # what was stopped in it
         every = range(self.completed, self.config.epochs)
         for epoch in tqdm(every, "epochs", initial=self.completed, total=self.config.epochs, disable=RANK > 0):
             self.lap, self.rounding, self.drift = Stopwatch(), None, None
             yield epoch
+            self.all_evaluate_if_due()
 
     @contextmanager
     def updating(self, mine: Trajectories | None = None) -> Iterator[None]:
@@ -137,7 +143,7 @@ class Run:
         self, rewards: Tensor, loss: Tensor, grad_norm: Tensor,
         log_probs: Tensor, log_probs_old: Tensor, log_probs_ref: Tensor, entries: Tensor,
     ) -> None:  # fmt: skip
-        """The end of an epoch: its line of metrics (docs/metrics.md), and where they are due evaluation and checkpoint.
+        """The end of an epoch's updates: its line of metrics (docs/metrics.md), and a checkpoint where one is due.
 
         Of the last update: loss, grad_norm, log_probs (N, B, S) before it and its entries.
         """
@@ -165,30 +171,32 @@ class Run:
         })  # fmt: skip
 
     def all_finish(self, found: dict) -> None:
-        """The epoch ends with this in the record, an evaluation and a checkpoint where they are due."""
+        """The updates of the epoch end with this in the record, and a checkpoint where one is due."""
         config = self.config
-        line = {
+        self.metrics.append({
             "epoch": self.completed + 1,
             **found,
             "peak_memory_gib": processes.peak_memory_gib(),
             "eval_reward": None,
             "seconds": self.lap.seconds,
             **dict.fromkeys(self.also),
-        }
-        self.metrics.append(line)
+        })  # fmt: skip
         self.completed, self.whole, self.in_updates = self.completed + 1, True, False
         self.write_metrics()
-        last = self.completed == config.epochs
-        if self.completed % config.eval_every == 0 or last:
+        late = 0 < 60 * config.save_minutes <= time.monotonic() - self.saved_at
+        if self.completed % config.save_every == 0 or late or self.completed == config.epochs:
+            self.save()
+
+    def all_evaluate_if_due(self) -> None:
+        """The end of an epoch: evaluation where it is due and not done, after the checkpoint, so that no stop costs both."""
+        line, last = self.metrics[-1], self.completed == self.config.epochs
+        if line["eval_reward"] is None and self.eval_prompts and (self.completed % self.config.eval_every == 0 or last):
             line |= self.all_evaluate()
             self.lap("evaluate")
             self.write_metrics()
             if RANK == 0:
                 plots.reward_curve(self.metrics, self.folder / "reward.png")
         self.log(line)
-        late = 0 < 60 * config.save_minutes <= time.monotonic() - self.saved_at
-        if self.completed % config.save_every == 0 or late or last:
-            self.save()
 
     def write_metrics(self) -> None:
         """metrics.jsonl, written whole so that a crash leaves the old or the new one."""
@@ -291,7 +299,8 @@ def kl_samples(log_ratio: Tensor) -> Tensor:
 def check_links(run: Path) -> None:
     """ValueError if something in a run folder leads out of it: what is written there would land elsewhere."""
     for path in run.rglob("*"):
-        if path.is_symlink() and not path.resolve().is_relative_to(run.resolve()):
+        of_wandb = run / "wandb" in path.parents  # which keeps its logs elsewhere
+        if path.is_symlink() and not of_wandb and not path.resolve().is_relative_to(run.resolve()):
             raise ValueError(f"{path} is a link out of the run folder, to {path.readlink()}: remove it")
 
 
@@ -299,8 +308,9 @@ def read_run(run: Path) -> dict:
     """The settings of a run; ValueError if the folder is none, or leads elsewhere."""
     check_links(run)
     try:
-        return json.loads((run / "config.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        settings = json.loads((run / "config.json").read_text())
+        return settings | {name: settings[name] for name in ("model", "reward", "prompts", "eval_prompts")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{run} is no run folder of train.py: {error}") from error
 
 

@@ -112,10 +112,11 @@ def open_model(name: str, base: str, device: torch.device) -> DiffusionPipeline:
         checkpoint.load_weights(folder, trained_parameters(pipe))
         pipe.unet.requires_grad_(False)
         return pipe
-    if (folder / "pytorch_lora_weights.safetensors").exists():
+    file = folder / "pytorch_lora_weights.safetensors"
+    if file.exists():
         pipe = load_pipeline(base, device)
         try:
-            pipe.load_lora_weights(folder)
+            pipe.load_lora_weights(folder, weight_name=file.name, use_safetensors=True)
         except Exception as error:  # the libraries raise many kinds
             raise ValueError(f"cannot load adapters from {folder} onto {base}: {str(error).splitlines()[0]}") from error
         return pipe

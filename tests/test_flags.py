@@ -8,7 +8,7 @@ from torch.distributed.run import get_args_parser
 
 from config import Config
 from evaluate import EvaluationConfig
-from plumbing.flags import parse
+from plumbing.flags import go_on, parse
 
 
 @pytest.mark.parametrize(
@@ -24,11 +24,21 @@ def test_a_run_begun_with_what_has_vanished_is_told_so(tmp_path, saved, message)
     folder.mkdir(parents=True)
     settings = dataclasses.asdict(Config(preset="toy", output_dir=str(tmp_path)))
     state = folder / "state.json"
-    state.write_text(json.dumps({"epoch": 1, "processes": 1, "sha256": {}, "state": {}, "config": settings | saved}))
+    state.write_text(json.dumps({"epoch": 1, "processes": 1, "state": {}, "config": settings | saved}))
     with pytest.raises(ValueError, match=f"cannot resume {tmp_path}: {message}"):
         parse(["--resume", str(tmp_path)])
-    state.write_text(json.dumps({"epoch": 1, "processes": 1, "sha256": {}, "state": {}, "config": settings}))
+    state.write_text(json.dumps({"epoch": 1, "processes": 1, "state": {}, "config": settings}))
     assert parse(["--resume", str(tmp_path)]).output_dir == str(tmp_path)
+
+
+def test_sizes_that_were_found_at_the_start_stay_when_the_same_command_goes_on(tmp_path):
+    argv = ["--preset", "toy", "--output_dir", str(tmp_path), "--train_batch_size", "auto"]
+    folder = tmp_path / "checkpoints" / "epoch_000001"
+    folder.mkdir(parents=True)
+    settings = dataclasses.asdict(parse(argv)) | {"train_batch_size": 24}
+    (folder / "state.json").write_text(json.dumps({"epoch": 1, "processes": 1, "state": {}, "config": settings}))
+    config = go_on(parse(argv))
+    assert (config.train_batch_size, config.sample_batch_size, config.resume) == (24, 64, str(tmp_path))
 
 
 def test_torchrun_leaves_every_flag_to_the_script():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import evaluate
 import train
@@ -93,20 +94,33 @@ def test_links_out_of_a_run_are_refused(inside, run, tmp_path, capsys):
 def test_a_checkpoint_is_not_unpickled(run, tmp_path, capsys):
     folder = Path(shutil.copytree(run, tmp_path / "pickled"))
     newest = checkpoint.all_checkpoints(folder)[-1]
-    about = json.loads((newest / "state.json").read_text())
     for name in ("weights.safetensors", "state.safetensors"):
         (newest / name).write_bytes(pickle.dumps(Trap(tmp_path / "ran")))
-        about["sha256"][name] = checkpoint.checksum(newest / name)
-    (newest / "method.pt").write_bytes(pickle.dumps(Trap(tmp_path / "ran")))
-    (newest / "state.json").write_text(json.dumps(about))
-    assert "checkpoint" in refused(capsys, train.main, ["--resume", folder, "--epochs", "2"])
-    assert not (tmp_path / "ran").exists()
+    checkpoint.write_sums(newest)
+    line = refused(capsys, train.main, ["--resume", folder, "--epochs", "2"])
+    assert f"damaged checkpoint {newest}: weights.safetensors: " in line and not (tmp_path / "ran").exists()
 
 
-def test_a_model_is_not_unpickled(model_folder, tmp_path):
+@pytest.mark.parametrize(
+    "part, file", [("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"), ("text_encoder", "model")]
+)
+def test_a_model_is_not_unpickled(part, file, model_folder, tmp_path):
+    """Not even where the pickle holds the very weights."""
     folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
-    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    torch.save(Trap(tmp_path / "ran"), folder / "unet" / "diffusion_pytorch_model.bin")
+    weights = load_file(folder / part / f"{file}.safetensors")
+    (folder / part / f"{file}.safetensors").unlink()
+    torch.save(weights, folder / part / f"{'pytorch_model' if file == 'model' else file}.bin")
+    with pytest.raises(ValueError, match="cannot load a pipeline from the folder"):
+        load_pipeline(str(folder), torch.device("cpu"))
+
+
+def test_code_in_a_model_is_not_run(model_folder, tmp_path):
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    code = f"open({str(tmp_path / 'ran')!r}, 'w')\nfrom diffusers import UNet2DConditionModel as Evil\n"
+    for place in (folder, folder / "unet"):
+        (place / "evil.py").write_text(code)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"unet": ["evil", "Evil"]}))
     with pytest.raises(ValueError, match="cannot load a pipeline from the folder"):
         load_pipeline(str(folder), torch.device("cpu"))
     assert not (tmp_path / "ran").exists()

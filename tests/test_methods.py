@@ -18,6 +18,7 @@ from comparators.d3po import D3PO
 from comparators.ddpo import DDPO
 from comparators.dpok import DPOK
 from comparators.epoch import Epoch, Update
+from plumbing import checkpoint
 from plumbing.flags import parse
 from plumbing.pipeline import pooled
 from plumbing.processes import Share, all_sum_gradients
@@ -275,6 +276,7 @@ def test_the_state_of_another_method_is_refused(capsys, model_folder, tmp_path):
     train.main(arguments("ddpo", model_folder, run, tmp_path, "--epochs", "1"))
     state = run / "checkpoints" / "epoch_000001" / "state.json"
     state.write_text(state.read_text().replace("method.rewards", "method.others"))
+    checkpoint.write_sums(state.parent)
     with pytest.raises(SystemExit) as stopped:
         train.main(["--resume", str(run), "--epochs", "2"])
     assert stopped.value.code == 2 and "foreign checkpoint" in capsys.readouterr().err

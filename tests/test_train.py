@@ -452,30 +452,47 @@ def test_wrong_checkpoints(capsys, tmp_path, model_folder, finished, monkeypatch
     state = json.loads((folder / "state.json").read_text())
     state["config"]["model"] = str(other_model(tmp_path))
     (folder / "state.json").write_text(json.dumps(state))
+    checkpoint.write_sums(folder)
     assert "foreign checkpoint" in refused(capsys, ["--resume", run, "--epochs", "3"])
 
 
-def test_the_checkpoint_before_serves_where_the_newest_is_damaged(finished, model_folder, tmp_path, capsys):
+@pytest.mark.parametrize("name", ["weights.safetensors", "state.safetensors", "state.json"])
+def test_the_checkpoint_before_serves_where_the_newest_is_damaged(name, finished, model_folder, tmp_path, capsys):
     run = tmp_path / "flipped"
     train.main(arguments(model_folder, run, "--epochs", "2", "--save_every", "1"))
     first, newest = checkpoint.all_checkpoints(run)
-    file = newest / "state.safetensors"
+    file = newest / name
     content = bytearray(file.read_bytes())
-    content[-1] ^= 1
+    content[-1 if name != "state.json" else content.index(b"0.0001")] ^= 1  # there 1.0001, another setting of the optimiser
     file.write_bytes(content)
     train.main(arguments(model_folder, run, "--epochs", "2"))
     said = capsys.readouterr().out
-    assert f"damaged checkpoint {newest}: state.safetensors is not what was written" in said
+    assert f"damaged checkpoint {newest}: {name} is not what was written" in said
     assert f"the one before serves\n{run} goes on from {first.name}" in said
     assert metrics(run) == metrics(finished)
     assert all(torch.equal(tensor, weights(finished)[name]) for name, tensor in weights(run).items())
-    assert newest.exists() and newest.with_suffix(".damaged").exists()
+    assert checkpoint.all_checkpoints(run) == [first, newest] and not list(run.glob("checkpoints/*.damaged"))
+
+
+def test_an_evaluation_that_was_stopped_is_made_when_the_run_goes_on(finished, model_folder, tmp_path, monkeypatch):
+    """Its epoch has been saved before; it is evaluated first, by the same weights."""
+    run, flags = tmp_path / "run", ["--epochs", "2", "--eval_every", "1"]
+    with monkeypatch.context() as patch:
+        evaluate = train.Run.all_evaluate
+        patch.setattr(train.Run, "all_evaluate", lambda self: evaluate(self) if self.completed == 0 else signal.raise_signal(15))
+        with pytest.raises(SystemExit) as stopped:
+            train.main(arguments(model_folder, run, *flags))
+    assert stopped.value.code == 143 and checkpoint.read_state(run)["epoch"] == 1 and metrics(run)[1]["eval_reward"] is None
+    train.main(arguments(model_folder, run, *flags))
+    train.main(arguments(model_folder, tmp_path / "uninterrupted", *flags))
+    assert metrics(run) == metrics(tmp_path / "uninterrupted") and metrics(run)[1]["eval_reward"] is not None
 
 
 def test_another_number_of_processes_is_told_of(finished, model_folder, tmp_path, capsys):
     run = shutil.copytree(finished, tmp_path / "of_two")
     state = checkpoint.all_checkpoints(run)[-1] / "state.json"
     state.write_text(state.read_text().replace('"processes": 1', '"processes": 2'))
+    checkpoint.write_sums(state.parent)
     train.main(arguments(model_folder, run, "--epochs", "2"))
     said = capsys.readouterr().out
     assert "saved by 2 processes, continued by 1" in said and "up to rounding, not bit for bit" in said
