@@ -42,8 +42,11 @@ def all_cases(model, folder) -> dict[str, tuple[str, list[str]]]:
         name: ("train", [*of_training, *flags.split(), "--output_dir", f"{folder}/{name}"]) for name, flags in METHODS.items()
     }
     cases["prdp"][1].extend(["--eval_prompts", str(prompts)])
-    cases["resumed"] = ("train", ["--resume", f"{folder}/prdp", "--epochs", "3"])
-    cases["evaluate"] = ("evaluate", ["--runs", f"{folder}/prdp", "--images_per_prompt", "2"])
+    cases["resumed"] = ("train", ["--resume", f"{folder}/prdp", "--epochs", "3", "--reward", "test_fake_cuda:brightness"])
+    cases["evaluate"] = (
+        "evaluate",
+        ["--runs", f"{folder}/prdp", "--images_per_prompt", "2", "--rewards", "test_fake_cuda:brightness"],
+    )
     of_model = [
         "--models",
         f"base={model}",
