@@ -50,6 +50,7 @@ def foreign(run, tmp_path, monkeypatch):
         settings = content.get("config", content)
         settings["reward"] = ["trap:f"]
         file.write_text(json.dumps(content))
+    checkpoint.write_sums(file.parent)
     return folder
 
 

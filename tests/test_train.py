@@ -463,7 +463,7 @@ def test_the_checkpoint_before_serves_where_the_newest_is_damaged(name, finished
     first, newest = checkpoint.all_checkpoints(run)
     file = newest / name
     content = bytearray(file.read_bytes())
-    content[-1 if name != "state.json" else content.index(b"0.0001")] ^= 1  # there 1.0001, another setting of the optimiser
+    content[-1 if name != "state.json" else content.rindex(b"0.0001")] ^= 1  # there 1.0001, another setting of the optimiser
     file.write_bytes(content)
     train.main(arguments(model_folder, run, "--epochs", "2"))
     said = capsys.readouterr().out
