@@ -103,12 +103,14 @@ class Run:
         self.write_metrics()
         if self.completed:
             self.lap = Stopwatch()
-            self.all_evaluate_if_due()  # what was stopped in it
+            if self.all_evaluate_if_due():  # what was stopped in it
+                self.log(self.metrics[-1])
         every = range(self.completed, self.config.epochs)
         for epoch in tqdm(every, "epochs", initial=self.completed, total=self.config.epochs, disable=RANK > 0):
             self.lap, self.rounding, self.drift = Stopwatch(), None, None
             yield epoch
             self.all_evaluate_if_due()
+            self.log(self.metrics[-1])
 
     @contextmanager
     def updating(self, mine: Trajectories | None = None) -> Iterator[None]:
@@ -187,16 +189,17 @@ class Run:
         if self.completed % config.save_every == 0 or late or self.completed == config.epochs:
             self.save()
 
-    def all_evaluate_if_due(self) -> None:
+    def all_evaluate_if_due(self) -> bool:
         """The end of an epoch: evaluation where it is due and not done, after the checkpoint, so that no stop costs both."""
         line, last = self.metrics[-1], self.completed == self.config.epochs
-        if line["eval_reward"] is None and self.eval_prompts and (self.completed % self.config.eval_every == 0 or last):
+        due = line["eval_reward"] is None and self.eval_prompts and (self.completed % self.config.eval_every == 0 or last)
+        if due:
             line |= self.all_evaluate()
             self.lap("evaluate")
             self.write_metrics()
             if RANK == 0:
                 plots.reward_curve(self.metrics, self.folder / "reward.png")
-        self.log(line)
+        return bool(due)
 
     def write_metrics(self) -> None:
         """metrics.jsonl, written whole so that a crash leaves the old or the new one."""
