@@ -5,6 +5,7 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 from datetime import timedelta
 from textwrap import indent
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 from conftest import ROOT
 
-from plumbing import errors, processes
+from plumbing import errors, heartbeat, processes
 
 BEGINNING = """
 import time
@@ -122,6 +123,26 @@ processes.all_gather(lambda: torch.zeros(1))
     host = socket.gethostname()
     assert (code, stopped) == (2, -9) and "waited" in out
     assert f"error in process 0 on {host}: no sign of process 1 on {host} for 3 s: killed, stopped, or its machine" in line
+
+
+def test_a_store_that_never_answers_is_told(monkeypatch):
+    """As when the process, or agent, that holds it is frozen: whoever asks it is stuck in the question."""
+    monkeypatch.setattr(heartbeat, "BEAT", 0.02)
+    monkeypatch.setattr(heartbeat, "SILENCE", 0.2)
+    frozen, said, told = threading.Event(), [], threading.Event()
+    answers = iter([1])  # to the first question alone, before the thread begins
+
+    def add(*_):
+        return next(answers, None) or frozen.wait()
+
+    store = SimpleNamespace(set=lambda *_: None, add=add, multi_get=lambda _: [1, 1])
+    beat = heartbeat.Heartbeat(store, 1, 2, lambda message: said.append(message) or told.set())
+    beat.start()
+    assert told.wait(20)
+    beat.left.set()
+    frozen.set()
+    (message,) = said
+    assert message == f"no answer for 0 s from {heartbeat.MEETING}, where the processes find one another"
 
 
 def test_the_addresses_of_an_attempt_before_are_not_used():
