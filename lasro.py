@@ -173,11 +173,10 @@ def finetune(config: LasroConfig, run: Run, pipe, policy: Policy, critic: Guided
         rewards = share.all_gather(lambda: torch.stack([
             score(pipe, mine[:, j], texts, reward, config.sample_batch_size) for j in range(T)], 1)).view(N, B, T)
         run.lap("reward")
-        replay.push(drawn, z, rewards)
-        if not pretraining and not normaliser.begun:
-            normaliser.update(scores.flatten(0, 1))
-
         with run.updating():
+            replay.push(drawn, z, rewards)
+            if not pretraining and not normaliser.begun:
+                normaliser.update(scores.flatten(0, 1))
             learned, made = [], []
             for _ in range(config.pretraining_updates if pretraining else config.surrogate_updates):
                 places = replay.draw(P, N, order)

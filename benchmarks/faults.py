@@ -4,7 +4,7 @@
 
 One process, two, and LaSRO take turns. Of three kills one waits for a save to be under way, one for an evaluation, and one comes
 at any moment. All processes of a run die at once, as with their machine. What a kill has interrupted is read from the folder that
-it leaves: an unfinished checkpoint, or an epoch in the record whose evaluation is due and missing.
+it leaves: an unfinished checkpoint, or an epoch that is saved and recorded and whose evaluation, which is due, is missing.
 """
 
 import json
@@ -70,7 +70,7 @@ def under_way(run: Path, since: float) -> tuple[str, int] | None:
     record = run / "metrics.jsonl"
     if record.exists() and record.stat().st_mtime >= since:
         last = read_metrics(run)[-1]
-        if last["eval_reward"] is None:
+        if last["eval_reward"] is None and (run / "checkpoints" / f"epoch_{last['epoch']:06d}").exists():
             return "evaluation", last["epoch"]
     return None
 

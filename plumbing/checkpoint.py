@@ -168,13 +168,14 @@ def epoch_of(folder: Path) -> int:
 
 
 def read_state(run: Path) -> dict:
-    """read_folder() of the newest checkpoint that can be read; ValueError if there is none."""
+    """read_folder() of the newest checkpoint whose state.json is what was written; ValueError if there is none."""
     found = all_checkpoints(run)
     if not found:
         raise ValueError(f"nothing to resume: no checkpoint under {run / 'checkpoints'}")
     errors = []
     for folder in reversed(found):
         try:
+            check_sums(folder, ABOUT)
             return read_folder(folder)
         except ValueError as error:
             errors.append(error)

@@ -77,10 +77,10 @@ def go_on(config):
     So the command that began a run continues it. ValueError if the folder holds another run.
     """
     run = Path(config.output_dir)
+    check_links(run)
     found = checkpoint.all_checkpoints(run)
     if config.resume or not (found or (run / "metrics.jsonl").exists()):
         return config
-    check_links(run)
     saved = checkpoint.read_state(run)["config"] if found else read_run(run)
     check_known(config.output_dir, saved, type(config))
     check_unchanged(config, saved, f"{config.output_dir} already holds a run, choose another --output_dir to begin one")

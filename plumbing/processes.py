@@ -35,6 +35,7 @@ CONNECTING = 120  # seconds that processes have for finding one another at the s
 WORKING = timedelta(days=7)  # that one may wait for another later on: longer than any evaluation
 LISTING = 60  # seconds after which a network file system shows what another machine has written
 BUCKET = 2**25  # numbers in a message of gradients
+SAVING = threading.Lock()  # while this process saves, nothing ends it
 HEARTBEAT: Heartbeat | None = None  # of this process, once there are others
 GRADIENTS: dist.ProcessGroup | None = None  # by which GPUs sum gradients; None is the group of all, by gloo
 
@@ -120,9 +121,10 @@ def stop() -> None:
 
 
 def end(message: str) -> None:
-    """Ends this process, whatever it waits for, with one line and exit code 2; the newest checkpoint stays as it is."""
-    complain(ConnectionError(message))
-    os._exit(2)
+    """Ends this process, whatever it waits for but a save, with one line and exit code 2."""
+    with SAVING:
+        complain(ConnectionError(message))
+        os._exit(2)
 
 
 @contextmanager
@@ -295,32 +297,31 @@ def say(message: str) -> None:
         tqdm.write(message)  # above the progress bar, if there is one
 
 
-def interrupt(number: int, frame=None) -> None:
-    """A signal handler: what Ctrl-C does, with the signal's number."""
-    raise KeyboardInterrupt(number)
-
-
 @contextmanager
-def stopped_by_sigterm() -> Iterator[None]:
-    """SIGTERM, which schedulers send, raises KeyboardInterrupt in the block as Ctrl-C does."""
-    usual = signal.signal(signal.SIGTERM, interrupt)
+def handled_by(handler) -> Iterator[None]:
+    """Ctrl-C and SIGTERM, which schedulers send, go to this handler in the block."""
+    usual = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, usual)
+        for number, before in usual.items():
+            signal.signal(number, before)
+
+
+def interrupt(number: int, frame=None) -> None:
+    """A signal handler: KeyboardInterrupt with the signal's number, and no second one."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+    raise KeyboardInterrupt(number)
 
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
     """Ctrl-C and SIGTERM wait for the end of the block: weights, optimiser and record always belong to whole epochs."""
     waiting: list[int] = []
-    usual = {
-        number: signal.signal(number, lambda number, _: waiting.append(number)) for number in (signal.SIGINT, signal.SIGTERM)
-    }
     try:
-        yield
+        with handled_by(lambda number, _: waiting.append(number)):
+            yield
     finally:
-        for number, handler in usual.items():
-            signal.signal(number, handler)
-    if waiting:
-        interrupt(waiting[0])
+        if waiting:
+            interrupt(waiting[0])

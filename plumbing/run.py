@@ -206,6 +206,7 @@ class Run:
         if RANK == 0:
             unfinished = self.folder / "metrics.jsonl.unfinished"
             unfinished.write_text("".join(json.dumps(line) + "\n" for line in self.metrics))
+            checkpoint.settle(unfinished)
             unfinished.replace(self.folder / "metrics.jsonl")
 
     def all_evaluate(self) -> dict[str, float | None]:
@@ -249,7 +250,8 @@ class Run:
         if RANK == 0:
             settings = dataclasses.asdict(self.config)
             try:
-                checkpoint.save(self.folder, self.completed, settings, WORLD_SIZE, self.parameters, self.states)
+                with processes.SAVING:
+                    checkpoint.save(self.folder, self.completed, settings, WORLD_SIZE, self.parameters, self.states)
             except OSError:
                 self.whole = False  # there is no use in trying again at once
                 raise
@@ -260,18 +262,18 @@ class Run:
 
         Exit code 130 or 143 after the two.
         """
-        try:
-            with processes.stopped_by_sigterm():
+        with processes.handled_by(processes.interrupt):
+            try:
                 yield
-        except KeyboardInterrupt as stopped:
-            self.save_what_is_whole()
-            sys.exit(128 + (stopped.args[0] if stopped.args else signal.SIGINT))
-        except Exception as error:
-            if not self.in_updates and not isinstance(error, ConnectionError) and not hasattr(error, "shared"):
-                with suppress(Exception):
-                    processes.all_fail(error)  # the others know nothing of it yet, and now wait for this process
-            self.save_what_is_whole(together=hasattr(error, "shared"))
-            raise
+            except KeyboardInterrupt as stopped:
+                self.save_what_is_whole()
+                sys.exit(128 + (stopped.args[0] if stopped.args else signal.SIGINT))
+            except Exception as error:
+                if not self.in_updates and not isinstance(error, ConnectionError) and not hasattr(error, "shared"):
+                    with suppress(Exception):
+                        processes.all_fail(error)  # the others know nothing of it yet, and now wait for this process
+                self.save_what_is_whole(together=hasattr(error, "shared"))
+                raise
 
     def save_what_is_whole(self, together: bool = False) -> None:
         """together: no process goes on before the first has saved, since torchrun ends all as soon as one has ended."""
@@ -281,13 +283,11 @@ class Run:
                 self.save()
                 say(f"\nstopped after epoch {self.completed} of {self.config.epochs}; the same command goes on")
 
-        usual = signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        try:
-            processes.all_wait_for_first(save) if together else save()
-        except Exception as error:  # of a broken device not even the weights come back
-            complain(error)
-        finally:
-            signal.signal(signal.SIGTERM, usual)
+        with processes.handled_by(signal.SIG_IGN):
+            try:
+                processes.all_wait_for_first(save) if together else save()
+            except Exception as error:  # of a broken device not even the weights come back
+                complain(error)
 
 
 def kl_samples(log_ratio: Tensor) -> Tensor:

@@ -24,13 +24,13 @@ for epoch in range(done + 1, epochs + 1):
     time.sleep(0.02)
     lines.append({"epoch": epoch, "eval_reward": None})
     write()
-    time.sleep(0.35)
-    lines[-1]["eval_reward"] = 1.0 * epoch
-    write()
     save = run / "checkpoints" / f"epoch_{epoch:06d}.unfinished"
     save.mkdir()
     time.sleep(0.2)
     save.rename(save.with_suffix(""))
+    time.sleep(0.35)
+    lines[-1]["eval_reward"] = 1.0 * epoch
+    write()
 weights = run / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
 weights.parent.mkdir(parents=True)
 weights.write_bytes(b"the end")

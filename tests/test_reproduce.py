@@ -241,7 +241,8 @@ def test_wrong_arguments(capsys):
     ):
         with pytest.raises(SystemExit) as stopped:
             reproduce.main(argv)
-        assert stopped.value.code == 2 and message in capsys.readouterr().err
+        (line,) = capsys.readouterr().err.splitlines()
+        assert stopped.value.code == 2 and message in line
 
 
 def test_gradient_variance_runs_every_method(monkeypatch, model_folder, tmp_path):

@@ -456,14 +456,17 @@ def test_wrong_checkpoints(capsys, tmp_path, model_folder, finished, monkeypatch
     assert "foreign checkpoint" in refused(capsys, ["--resume", run, "--epochs", "3"])
 
 
-@pytest.mark.parametrize("name", ["weights.safetensors", "state.safetensors", "state.json"])
-def test_the_checkpoint_before_serves_where_the_newest_is_damaged(name, finished, model_folder, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "name, flipped",
+    [("weights.safetensors", None), ("state.safetensors", None), ("state.json", b"0.0001"), ("state.json", b'"seed": 0')],
+)
+def test_the_checkpoint_before_serves_where_the_newest_is_damaged(name, flipped, finished, model_folder, tmp_path, capsys):
     run = tmp_path / "flipped"
     train.main(arguments(model_folder, run, "--epochs", "2", "--save_every", "1"))
     first, newest = checkpoint.all_checkpoints(run)
     file = newest / name
     content = bytearray(file.read_bytes())
-    content[-1 if name != "state.json" else content.rindex(b"0.0001")] ^= 1  # there 1.0001, another setting of the optimiser
+    content[content.rindex(flipped) + len(flipped) - 1 if flipped else -1] ^= 1  # of the optimiser's settings, and of the run's
     file.write_bytes(content)
     train.main(arguments(model_folder, run, "--epochs", "2"))
     said = capsys.readouterr().out
