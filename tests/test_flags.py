@@ -8,7 +8,19 @@ from torch.distributed.run import get_args_parser
 
 from config import Config
 from evaluate import EvaluationConfig
+from plumbing import checkpoint
 from plumbing.flags import go_on, parse
+
+
+def write_checkpoint(run, settings):
+    """One whose weights nobody reads."""
+    folder = run / "checkpoints" / "epoch_000001"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (checkpoint.WEIGHTS, checkpoint.STATE):
+        (folder / name).touch()
+    about = {"epoch": 1, "processes": 1, "state": {}, "config": settings}
+    (folder / checkpoint.ABOUT).write_text(json.dumps(about))
+    checkpoint.write_sums(folder)
 
 
 @pytest.mark.parametrize(
@@ -20,23 +32,17 @@ from plumbing.flags import go_on, parse
     ],
 )
 def test_a_run_begun_with_what_has_vanished_is_told_so(tmp_path, saved, message):
-    folder = tmp_path / "checkpoints" / "epoch_000001"
-    folder.mkdir(parents=True)
     settings = dataclasses.asdict(Config(preset="toy", output_dir=str(tmp_path)))
-    state = folder / "state.json"
-    state.write_text(json.dumps({"epoch": 1, "processes": 1, "state": {}, "config": settings | saved}))
+    write_checkpoint(tmp_path, settings | saved)
     with pytest.raises(ValueError, match=f"cannot resume {tmp_path}: {message}"):
         parse(["--resume", str(tmp_path)])
-    state.write_text(json.dumps({"epoch": 1, "processes": 1, "state": {}, "config": settings}))
+    write_checkpoint(tmp_path, settings)
     assert parse(["--resume", str(tmp_path)]).output_dir == str(tmp_path)
 
 
 def test_sizes_that_were_found_at_the_start_stay_when_the_same_command_goes_on(tmp_path):
     argv = ["--preset", "toy", "--output_dir", str(tmp_path), "--train_batch_size", "auto"]
-    folder = tmp_path / "checkpoints" / "epoch_000001"
-    folder.mkdir(parents=True)
-    settings = dataclasses.asdict(parse(argv)) | {"train_batch_size": 24}
-    (folder / "state.json").write_text(json.dumps({"epoch": 1, "processes": 1, "state": {}, "config": settings}))
+    write_checkpoint(tmp_path, dataclasses.asdict(parse(argv)) | {"train_batch_size": 24})
     config = go_on(parse(argv))
     assert (config.train_batch_size, config.sample_batch_size, config.resume) == (24, 64, str(tmp_path))
 

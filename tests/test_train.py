@@ -289,15 +289,16 @@ def test_signals_save_and_the_same_command_goes_on(number, code, model_folder, t
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_wait_for_the_end_of_the_updates(number):
-    done = []
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it may be ignored
-    with pytest.raises(KeyboardInterrupt), processes.uninterrupted():
+    """And a second one, in whatever the first has begun, changes nothing."""
+    usual, done = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)], []
+    with processes.handled_by(processes.interrupt):
+        with pytest.raises(KeyboardInterrupt) as stopped, processes.uninterrupted():
+            os.kill(os.getpid(), number)
+            done.append("updates")
         os.kill(os.getpid(), number)
-        done.append("updates")
-    assert done == ["updates"]
-    with processes.uninterrupted():
-        done.append("more")
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler and len(done) == 2
+        done.append("save")
+    assert done == ["updates", "save"] and stopped.value.args == (number,)
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == usual
 
 
 def test_epoch_of_equal_rewards_changes_nothing_but_the_decay(model_folder, tmp_path):
