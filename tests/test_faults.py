@@ -20,6 +20,7 @@ record = run / "metrics.jsonl"
 def write():
     (run / "new").write_text("".join(json.dumps(line) + "\\n" for line in lines))
     (run / "new").replace(record)
+write()
 for epoch in range(done + 1, epochs + 1):
     time.sleep(0.02)
     lines.append({"epoch": epoch, "eval_reward": None})
