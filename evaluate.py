@@ -27,7 +27,7 @@ from plumbing.flags import Parser, check_typed
 from plumbing.pipeline import encode_prompts, pipeline_policy, sample_images
 from plumbing.processes import RANK, WORLD_SIZE, all_gather, say
 from plumbing.prompts import draw_prompts, load_prompts
-from plumbing.run import read_run
+from plumbing.run import check_links, read_run
 from plumbing.scores import Model, Results, claim, summary_lines
 from plumbing.trainable import open_model
 from rdp_loss import log_ratio, prediction_quality
@@ -235,6 +235,7 @@ def main(argv: list[str]) -> None:
         device = processes.start(config.tf32)
         sets = {name: load_set(name, config) for name in config.prompts}
         rewards = {name: load_reward(name, config.reward_weights, device) for name in config.rewards}
+        check_links(Path(config.output_dir))
         results = Results(Path(config.output_dir))
         fixed = {name: value for name, value in dataclasses.asdict(config).items() if name not in MAY_CHANGE}
         processes.all_wait_for_first(lambda: claim(results, fixed, models))

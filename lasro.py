@@ -231,7 +231,8 @@ def main(argv: list[str]) -> None:
         groups = [{"params": list(trained.values())}, {"params": critic.unet.parameters(), "lr": config.surrogate_learning_rate}]
         optimizer = torch.optim.AdamW(groups, config.learning_rate, weight_decay=config.weight_decay, fused=True)
         target = AveragedModel(pipe.unet, multi_avg_fn=get_ema_multi_avg_fn(config.target_decay)).requires_grad_(False)
-        normaliser, replay = Normaliser(config.num_steps, config.normaliser_decay), Replay(config.replay_size)
+        normaliser = Normaliser(config.num_steps, config.normaliser_decay)
+        replay = Replay(config.replay_size, (config.images_per_prompt, config.num_steps, *policy.latent_shape))
         remembers = {"surrogate": critic.unet, "target": target, "normaliser": normaliser, "replay": replay}
         run = Run(config, pipe, policy, trained, optimizer, remembers, eval_prompts, reward, {"eval_reward_one_step": one_step})
         anchor = load_anchor(config, pipe, target, prompts)

@@ -1,20 +1,23 @@
 """What LaSRO holds its generator to: the teacher of many steps, on pictures of its own."""
 
 import dataclasses
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, LCMScheduler
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from config import LasroConfig
+from plumbing import checkpoint
 from plumbing.pipeline import encode_prompts, lcm_scheduler, load_pipeline, pipeline_policy, unet_policy
-from plumbing.processes import Share, all_wait_for_first
+from plumbing.processes import Share, all_wait_for_first, say
 from plumbing.prompts import draw_prompts
 from sampler import EVALUATION, Policy, sample_trajectories
+
+PICTURES = "pictures.safetensors"
 
 
 @dataclass(frozen=True)
@@ -92,12 +95,35 @@ def load_anchor(config: LasroConfig, pipe: DiffusionPipeline, target: AveragedMo
         if mine != theirs:
             raise ValueError(f"teacher {config.teacher!r} has {name}={theirs}, but {config.model!r}, which it teaches, {mine}")
     drawn = draw_prompts(prompts, config.anchor_pictures, 0, config.seed + 2)
-    file = Path(config.output_dir) / "anchor.safetensors"
-    if not config.resume:
+    folder = Path(config.output_dir) / "anchor"
+    if not (config.resume and is_whole(folder)):
         x_0 = teachers_pictures(
             teacher, pipe, drawn, config.teacher_steps, config.teacher_guidance, config.sample_batch_size, config.seed,
             config.autocast,
         )  # fmt: skip
-        all_wait_for_first(lambda: save_file({"x_0": x_0}, file))
+        all_wait_for_first(lambda: save_pictures(x_0, folder))
     policies = solver_policies(pipe, target.module, teacher, config.teacher_guidance, config.guidance_scale, config.autocast)
-    return Anchor(drawn, load_file(file)["x_0"], target, policies)
+    return Anchor(drawn, checkpoint.load_tensors(folder / PICTURES)["x_0"], target, policies)
+
+
+def save_pictures(x_0: Tensor, folder: Path) -> None:
+    """Written whole, and with its checksum, as checkpoints are."""
+    unfinished = folder.with_suffix(".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    checkpoint.save_tensors({"x_0": x_0}, unfinished / PICTURES)
+    checkpoint.write_sums(unfinished, PICTURES)
+    for written in (*unfinished.iterdir(), unfinished):
+        checkpoint.settle(written)
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
+
+
+def is_whole(folder: Path) -> bool:
+    """False, with a line that says so, where the pictures are not what was written."""
+    try:
+        checkpoint.check_sums(folder, PICTURES)
+    except ValueError as error:
+        say(f"{error}; the teacher draws them again")
+        return False
+    return True

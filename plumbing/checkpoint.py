@@ -106,9 +106,9 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_sums(folder: Path) -> None:
-    """SHA256SUMS of the three other files of a checkpoint."""
-    sums = [f"{checksum(folder / name)}  {name}\n" for name in (WEIGHTS, STATE, ABOUT)]
+def write_sums(folder: Path, *names: str) -> None:
+    """SHA256SUMS of these files of a folder, or of the three other ones of a checkpoint."""
+    sums = [f"{checksum(folder / name)}  {name}\n" for name in names or (WEIGHTS, STATE, ABOUT)]
     (folder / SUMS).write_text("".join(sums))
 
 
@@ -128,14 +128,22 @@ def clear_unfinished(run: Path) -> None:
 
 
 def size_of(parameters: dict[str, torch.nn.Parameter], states: dict) -> int:
-    """Bytes of a checkpoint after the first update of AdamW, which keeps two moments of every parameter it is given."""
+    """Bytes of a checkpoint after the first update of AdamW, which keeps two moments of every parameter it is given.
+
+    Of what grows, as a replay buffer does, `size_when_full` counts.
+    """
     groups = [group for thing in states.values() for group in getattr(thing, "param_groups", [])]
     moments = [parameter for group in groups for parameter in group["params"]]
     remembered: dict[str, torch.Tensor] = {}
-    others = {name: thing.state_dict() for name, thing in states.items() if not hasattr(thing, "param_groups")}
+    growing = sum(getattr(thing, "size_when_full", 0) for thing in states.values())
+    others = {
+        name: thing.state_dict()
+        for name, thing in states.items()
+        if not hasattr(thing, "param_groups") and not hasattr(thing, "size_when_full")
+    }
     take_tensors(others, "", remembered)
     every = [*parameters.values(), *moments, *moments, *remembered.values()]
-    return sum(tensor.numel() * tensor.element_size() for tensor in every)
+    return growing + sum(tensor.numel() * tensor.element_size() for tensor in every)
 
 
 def check_room(run: Path, size: int) -> str:
@@ -193,7 +201,7 @@ def read_folder(folder: Path) -> dict:
 
 
 def check_sums(folder: Path, *names: str) -> None:
-    """ValueError unless these files of a checkpoint are what was written."""
+    """ValueError unless these files of a folder are what was written."""
     try:
         sums = dict(reversed(line.split()) for line in (folder / SUMS).read_text().splitlines())
         wrong = [name for name in names if checksum(folder / name) != sums.get(name)]

@@ -1,5 +1,7 @@
 """LaSRO's memory: pictures that the generator has drawn, and what the reward said of them."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -10,8 +12,10 @@ class Replay:
     Old ones stay true: a reward depends on the picture and its prompt alone, not on who drew it.
     """
 
-    def __init__(self, size: int):
+    def __init__(self, size: int, shape: tuple[int, ...]):
+        """size: of how many prompts; shape: of z."""
         self.size, self.prompts, self.z, self.rewards = size, [], [], []
+        self.size_when_full = size * math.prod(shape) * 4  # bytes, for the disk; rewards are next to nothing
 
     def push(self, prompts: list[str], z: Tensor, rewards: Tensor) -> None:
         """Of N prompts z (N, B, T, C, H, W) and rewards (N, B, T)."""

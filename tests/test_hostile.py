@@ -84,6 +84,7 @@ def test_links_out_of_a_run_are_refused(inside, run, tmp_path, capsys):
     expected = f"{place} is a link out of the run folder, to {outside}"
     assert expected in refused(capsys, train.main, ["--resume", folder, "--epochs", "2"])
     assert expected in refused(capsys, evaluate.main, ["--runs", folder])
+    assert expected in refused(capsys, evaluate.main, ["--runs", run, "--output_dir", folder])
     model = json.loads((run / "config.json").read_text())["model"]
     assert expected in refused(capsys, train.main, [*FLAGS, "", "--model", model, "--output_dir", folder])
     assert not list(outside.iterdir())
@@ -130,11 +131,12 @@ def test_code_in_a_model_is_not_run(model_folder, tmp_path):
 def test_what_an_evaluation_writes_stays_in_its_folder(run, model_folder, tmp_path):
     """Names of prompt sets come from the run's settings, and are file names of results."""
     folder = Path(shutil.copytree(run, tmp_path / "a" / "b" / "run"))
-    (tmp_path / "prompts.txt").write_text("a red ring on a black background\n")
+    (tmp_path / "<script>.txt").write_text("a red ring on a black background\n")
     settings = json.loads((folder / "config.json").read_text())
-    settings["eval_prompts"] = str(folder / ".." / ".." / ".." / "prompts.txt")
+    settings["eval_prompts"] = str(folder / ".." / ".." / ".." / "<script>.txt")
     (folder / "config.json").write_text(json.dumps(settings))
     before = {path for path in tmp_path.rglob("*") if not path.is_relative_to(folder)}
     evaluate.main(["--runs", str(folder), "--images_per_prompt", "1", "--predicted", "0"])
     assert {path for path in tmp_path.rglob("*") if not path.is_relative_to(folder)} == before
-    assert (folder / "evaluation" / "report.html").exists()
+    page = (folder / "evaluation" / "report.html").read_text()
+    assert "&lt;script&gt;.txt" in page and "<script>.txt" not in page

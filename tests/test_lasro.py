@@ -21,6 +21,7 @@ import train
 from benchmarks import rehearsal
 from lasro import Normaliser, consistency_loss, generate, surrogate_loss
 from miniature import build
+from plumbing import checkpoint
 from plumbing.anchor import consistency_scheduler
 from plumbing.pipeline import ddim_scheduler, encode_prompts, lcm_scheduler, noise_schedule, pipeline_policy
 from plumbing.replay import Replay
@@ -228,7 +229,7 @@ def test_the_surrogate_is_the_unets_lower_half(pipe):
 
 
 def test_replay_forgets_the_oldest_and_half_of_what_it_draws_is_new():
-    replay = Replay(6)
+    replay = Replay(6, (3, 1))
     for epoch in range(4):
         replay.push([f"{epoch} {n}" for n in range(2)], torch.full((2, 3, 1), epoch), torch.full((2, 3, 1), 10 * epoch))
     assert replay.prompts == ["1 0", "1 1", "2 0", "2 1", "3 0", "3 1"] and [z[0, 0].item() for z in replay.z] == [
@@ -243,10 +244,11 @@ def test_replay_forgets_the_oldest_and_half_of_what_it_draws_is_new():
     assert all(sum(place >= 4 for place in places) == 2 for places in drawn) and {p for places in drawn for p in places} == set(
         range(6)
     )
-    other = Replay(6)
+    other = Replay(6, (3, 1))
     other.load_state_dict(replay.state_dict())
     assert other.draw(4, 2, torch.Generator().manual_seed(0)) == drawn[0] and other.prompts == replay.prompts
-    replay = Replay(6)
+    assert checkpoint.size_of({}, {"replay": replay}) == checkpoint.size_of({}, {"replay": Replay(6, (3, 1))}) == 6 * 3 * 4
+    replay = Replay(6, (3, 1))
     replay.push(["a", "b"], torch.zeros(2, 3, 1), torch.zeros(2, 3, 1))
     assert set(replay.draw(8, 2, torch.Generator().manual_seed(0))) == {0, 1}  # there are no others yet
 
@@ -303,13 +305,21 @@ def test_the_result_opens_with_plain_diffusers_and_draws_in_two_steps(finished):
     assert images.shape == (1, 3, 32, 32) and images.isfinite().all()
 
 
-def test_resumed_equals_uninterrupted_bit_for_bit(finished, model_folder, tmp_path):
+def test_resumed_equals_uninterrupted_bit_for_bit(finished, model_folder, tmp_path, capsys):
+    """Generator, surrogate, target, replay buffer and all; of damaged pictures of the teacher no one learns."""
     run = tmp_path / "resumed"
     lasro.main(arguments(model_folder, run, "--epochs", "3"))  # the last epoch saved is in the middle of stage B
+    pictures = run / "anchor" / "pictures.safetensors"
+    drawn = pictures.read_bytes()
+    pictures.write_bytes(drawn[:-1] + bytes([drawn[-1] ^ 1]))
     lasro.main(["--resume", str(run), "--epochs", "4"])
-    assert metrics(run)[-1] | {"eval_reward": 0} == metrics(finished)[-1] | {"eval_reward": 0}
-    for name, tensor in weights(run).items():
-        assert torch.equal(tensor, weights(finished)[name]), name
+    said = f"{pictures.name} is not what was written, by its SHA-256; the teacher draws them again"
+    assert said in capsys.readouterr().out and pictures.read_bytes() == drawn
+    assert metrics(run)[-1] == metrics(finished)[-1]
+    for file in (checkpoint.WEIGHTS, checkpoint.STATE):
+        of_both = [load_file(checkpoint.all_checkpoints(folder)[-1] / file) for folder in (run, finished)]
+        assert of_both[0].keys() == of_both[1].keys()
+        assert all(torch.equal(tensor, of_both[1][name]) for name, tensor in of_both[0].items())
 
 
 def test_two_processes_equal_one(finished, model_folder, on_two_processes):

@@ -1,5 +1,6 @@
 """plumbing/pipeline.py: what it does a few at a time, once, or not at all."""
 
+import pytest
 import torch
 
 from plumbing import pipeline
@@ -33,6 +34,20 @@ def test_a_prompt_is_encoded_once(pipe, monkeypatch):
     assert seen == [2]
     for prompt, state in zip(prompts, states, strict=True):
         torch.testing.assert_close(encode_prompts(pipe, [prompt]).tensors["encoder_hidden_states"][0], state)
+
+
+def test_an_unknown_hub_id_is_named_with_what_to_do(monkeypatch):
+    """And not with the library's prose of several lines, however long."""
+
+    def unknown(*arguments, **options):
+        raise OSError("404 Client Error.\n" + "Repository Not Found for url. " * 20)
+
+    monkeypatch.setattr(pipeline.DiffusionPipeline, "download", unknown)
+    with pytest.raises(ValueError) as refused:
+        pipeline.load_pipeline("nobody/nothing", torch.device("cpu"))
+    line = str(refused.value)
+    assert line.startswith("cannot load the hub id 'nobody/nothing'") and "\n" not in line and len(line) < 400
+    assert "404 Client Error." in line and "hf download nobody/nothing --local-dir FOLDER" in line
 
 
 def test_an_own_reward_gets_its_pictures_on_the_cpu(monkeypatch):
