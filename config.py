@@ -179,7 +179,10 @@ PRESETS: dict[str, dict] = {
 
 @dataclass
 class LasroConfig(Common):
-    """The settings of lasro.py. The paper's are not known: all numbers are ours, found on the miniature (OURS: lasro.py)."""
+    """The settings of lasro.py. The paper's are not known, but for 1 to 10 updates of the generator to 1 to 50 of the surrogate.
+
+    OURS: all defaults, chosen and not searched; for the miniature `reproduce.py lasro` searches the generator's learning rate.
+    """
 
     preset: str = setting("toy-turbo", "Named settings to start from.")
     model: str = setting("toy-turbo", "Pipeline of few steps: 'toy-turbo', a folder, or a hub id; where the generator starts.")

@@ -75,7 +75,7 @@ def generate(policy: Policy, noise: Tensor, cond: Condition) -> Tensor:
 def consistency_loss(
     student: Policy, target: Policy, teacher: Policy, x_0: Tensor, noise: Tensor, i: Tensor, cond: Condition
 ) -> Tensor:
-    """L_lcm: mean square of f_theta(x_t) - f_target(x_s), where x_s is one step of the teacher's ODE further -> scalar.
+    """L_lcm: mean square (OURS) of f_theta(x_t) - f_target(x_s), where x_s is one step of the teacher's ODE further -> scalar.
 
     x_0, noise: (M, C, H, W); i: (M,) steps of the three policies, which have the same levels: the student's and the target's with
     a consistency schedule, the teacher's with eta = 0. Where the step ends at the clean picture, f_target(x_s) is x_s itself.
@@ -92,7 +92,7 @@ def consistency_loss(
 def surrogate_loss(scores: Tensor, rewards: Tensor) -> Tensor:
     """L_surr (Bradley-Terry): scores R_psi and rewards (G, B) of G groups of pictures of one prompt and step -> scalar.
 
-    The mean over the pairs of each group with different rewards, then over groups.
+    OURS: the mean over the pairs of each group with different rewards, then over groups; never over steps or prompts.
     """
     return mean_over_pairs(-F.logsigmoid(pairwise_differences(scores)), rewards)
 
@@ -127,6 +127,7 @@ def finetune(config: LasroConfig, run: Run, pipe, policy: Policy, critic: Guided
     """Stage A: the surrogate learns from the untouched generator's pictures. Stage B: both learn, in turns.
 
     Each process draws, scores and differentiates its share. The replay buffer is of all, the same in every process.
+    OURS: the surrogate has the first turn; the generator's turn has noise of its own; one AdamW, clipped gradients; all numbers.
     """
     N, B, T = config.prompts_per_epoch, config.images_per_prompt, config.num_steps
     G, P, K = config.generator_batch, config.surrogate_batch, config.generator_updates
@@ -225,8 +226,8 @@ def main(argv: list[str]) -> None:
         torch.manual_seed(config.seed)  # of the surrogate's head, and of adapters
         critic = dataclasses.replace(policy.denoise, unet=surrogate_of(pipe.unet, config.num_steps), guidance_scale=1.0)
         add_adapters(pipe, config.lora_rank) if config.lora_rank else pipe.unet.requires_grad_(True)
-        if config.gradient_checkpointing:
-            pipe.unet.enable_gradient_checkpointing()
+        for unet in (pipe.unet, critic.unet) if config.gradient_checkpointing else ():
+            unet.enable_gradient_checkpointing()
         trained = trained_parameters(pipe)
         groups = [{"params": list(trained.values())}, {"params": critic.unet.parameters(), "lr": config.surrogate_learning_rate}]
         optimizer = torch.optim.AdamW(groups, config.learning_rate, weight_decay=config.weight_decay, fused=True)

@@ -60,6 +60,7 @@ def derive(config: LasroConfig, shape: str) -> dict[str, float]:
     add_adapters(pipe, config.lora_rank) if config.lora_rank else unet.requires_grad_(True)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
+        critic.enable_gradient_checkpointing()
     trained, psi = list(trained_parameters(pipe).values()), list(critic.parameters())
 
     def policy(network, num_steps: int, guidance_scale: float):

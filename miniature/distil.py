@@ -20,6 +20,7 @@ from miniature import build
 from plumbing.anchor import consistency_scheduler, solver_policies, teachers_pictures
 from plumbing.pipeline import encode_prompts, load_pipeline, save_pipeline
 
+# All OURS, as lasro.py has it.
 STEPS, PEAK_LR = 1200, 5e-4
 GUIDANCE = 2.0
 PICTURES, PICTURE_STEPS = 2048, 10  # of the teacher's own, to learn on

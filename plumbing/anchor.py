@@ -1,4 +1,8 @@
-"""What LaSRO holds its generator to: the teacher of many steps, on pictures of its own."""
+"""What LaSRO holds its generator to: the teacher of many steps.
+
+That a consistency loss anchors it is certain. OURS is all else here: pictures that the teacher draws once, at the start, in the
+place of data; its ODE at LCM's levels, under one guidance; prompts drawn from those of training.
+"""
 
 import dataclasses
 import shutil

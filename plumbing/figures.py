@@ -103,7 +103,7 @@ def draw_prediction(panels: dict[str, list[str]], result: dict, path: Path) -> N
 
 
 def draw_few_steps(panels: dict[str, list[str]], result: dict, path: Path) -> None:
-    """Held-out reward against queries and against seconds, and of the second step the surrogate's accuracy and its scores."""
+    """Held-out reward against queries and seconds; of the second step the surrogate's accuracy, its scores, and the reward."""
     names, runs = panels[""], result["runs"]
     learned = [name for name in names if "surrogate_accuracy" in next(iter(runs[name].values()))]
     reward = {
@@ -111,18 +111,27 @@ def draw_few_steps(panels: dict[str, list[str]], result: dict, path: Path) -> No
             for name in names}
         for x in ("queries", "seconds")
     }  # fmt: skip
+    standing = [name for name in names if all(y[-1] > y[0] - 0.1 for _, y in reward["queries"][name])]
     of_second_step = {
         key: {
             name: [[range(1, len(run[key]) + 1), smoothed([value[-1] for value in run[key]])] for run in runs[name].values()]
             for name in learned
         }
-        for key in ("surrogate_accuracy", "surrogate_by_step")
+        for key in ("surrogate_accuracy", "surrogate_by_step", "reward_by_step")
     }
-    shown = [
-        ("At equal reward queries", "reward queries", "held-out reward, two steps", reward["queries"]),
-        ("At equal seconds", "seconds on one core", "held-out reward, two steps", reward["seconds"]),
-        ("Fresh pairs that the surrogate orders rightly", "epoch", "share of pairs", of_second_step["surrogate_accuracy"]),
-        ("What the surrogate says of fresh pictures", "epoch", "mean score", of_second_step["surrogate_by_step"]),
+    shown = [("At equal reward queries", "reward queries", "held-out reward", reward["queries"])]
+    for title, x, label in (
+        ("The same, without those that collapse", "queries", "reward queries"),
+        ("At equal seconds", "seconds", "seconds on one core"),
+    ):
+        shown.append((title, label, "held-out reward", {name: reward[x][name] for name in standing}))
+    shown += [
+        (title, "epoch", f"{label}, of five epochs", of_second_step[key])
+        for title, label, key in (
+            ("Fresh pairs that the surrogate orders rightly", "share of pairs", "surrogate_accuracy"),
+            ("What the surrogate says of fresh pictures", "mean score", "surrogate_by_step"),
+            ("What the reward says of the same pictures", "mean reward", "reward_by_step"),
+        )
     ]
     plots.trails(shown, path)
 

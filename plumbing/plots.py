@@ -143,10 +143,12 @@ def trails(panels: list[tuple[str, str, str, dict[str, list]]], path: Path, syml
 
     panels: title, labels of x and y, and name -> [x by epoch, y by epoch] of every seed; symlog: the scale of x.
     """
-    size, order = (4.8 * len(panels), 3.6), list(panels[0][-1])
+    columns = min(3, len(panels))
+    rows, order = len(panels) // columns, list(panels[0][-1])
     alike = len({ylabel for _, _, ylabel, _ in panels}) == 1
-    figure, every = plt.subplots(1, len(panels), figsize=size, squeeze=False, sharey=alike, layout="constrained")
-    for axes, (title, xlabel, ylabel, lines) in zip(every[0], panels, strict=True):
+    size = (4.8 * columns, 3.6 * rows)
+    figure, every = plt.subplots(rows, columns, figsize=size, squeeze=False, sharey=alike, layout="constrained")
+    for axes, (title, xlabel, ylabel, lines) in zip(every.flat, panels, strict=True):
         for n, (name, seeds) in enumerate(lines.items()):
             colour = f"C{order.index(name) if name in order else n}"
             for seed, (x, y) in enumerate(seeds):

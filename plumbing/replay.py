@@ -9,6 +9,7 @@ from torch import Tensor
 class Replay:
     """The newest pictures and their rewards, by prompt: z (B, T, C, H, W) and rewards (B, T), first in, first out.
 
+    OURS: that whole prompts are kept, with all their pictures.
     Old ones stay true: a reward depends on the picture and its prompt alone, not on who drew it.
     """
 
