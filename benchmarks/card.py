@@ -1,7 +1,7 @@
 """The miniature's card: what its pictures score, before any finetuning, by guidance and number of steps.
 
     python -m benchmarks.card --output results/miniature.json     # of the committed weights, in minutes
-    python -m benchmarks.card --model toy-turbo --guidance_scale 1 --num_steps 2 1 --output results/turbo.json
+    python -m benchmarks.card --model toy-turbo --guidance_scale 1 --num_steps 2 1 --output results/turbo.json --pictures results/turbo.png
 
 Held-out prompts, one picture each for alignment and four for diversity, at the noise of evaluate.py with seed 0.
 """
@@ -17,6 +17,7 @@ from statistics import fmean
 import torch
 
 from miniature import world
+from plumbing import plots
 from plumbing.errors import one_line_errors
 from plumbing.pipeline import decode_latents, load_pipeline, pipeline_policy, sample_images
 from plumbing.provenance import provenance
@@ -79,18 +80,29 @@ def figures(pipe, guidance: tuple[float, ...], num_steps: tuple[int, ...]) -> di
     return result
 
 
+def rows(pipe, name: str, guidance_scale: float, num_steps: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """The first eight held-out prompts of two objects, from the same noise at every T."""
+    drawn = {T: pictures(pipe, SETS["two objects"][:8], guidance_scale, T)[:, 0] for T in num_steps}
+    return {f"{name}, T = {T}": images for T, images in drawn.items()}
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.card", description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--model", default="toy", help="the committed miniature, or a folder like it")
     parser.add_argument("--guidance_scale", type=float, nargs="+", default=GUIDANCE, help="w")
     parser.add_argument("--num_steps", type=int, nargs="+", default=STEPS, help="T")
     parser.add_argument("--output", type=Path, help="a JSON file; otherwise it is printed")
+    parser.add_argument("--pictures", type=Path, help="a PNG file: the miniature's own under guidance, and these")
     arguments = parser.parse_args(argv)
     with one_line_errors(ValueError, OSError):
         pipe = load_pipeline(arguments.model, torch.device("cpu"))
         found = figures(pipe, tuple(arguments.guidance_scale), tuple(arguments.num_steps))
         how = {"threads": torch.get_num_threads(), "instructions": torch.backends.cpu.get_cpu_capability()}
         text = json.dumps(provenance("-m benchmarks.card", argv) | how | {"figures": found}, indent=1) + "\n"
+        if arguments.pictures:
+            shown = rows(load_pipeline("toy", torch.device("cpu")), "toy", 2.0, (10,))
+            shown |= rows(pipe, arguments.model, arguments.guidance_scale[0], tuple(arguments.num_steps))
+            plots.grid(shown, SETS["two objects"][:8], arguments.pictures, across=8)
         if arguments.output:
             arguments.output.write_text(text)
         else:
