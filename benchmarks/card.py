@@ -1,7 +1,8 @@
 """The miniature's card: what its pictures score, before any finetuning, by guidance and number of steps.
 
     python -m benchmarks.card --output results/miniature.json     # of the committed weights, in minutes
-    python -m benchmarks.card --model toy-turbo --guidance_scale 1 --num_steps 2 1 --output results/turbo.json --pictures results/turbo.png
+    python -m benchmarks.card --model toy-turbo --guidance_scale 1 --num_steps 2 1 --output results/turbo.json \\
+        --pictures results/turbo.png
 
 Held-out prompts, one picture each for alignment and four for diversity, at the noise of evaluate.py with seed 0.
 """
