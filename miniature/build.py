@@ -65,7 +65,7 @@ def flat_scheduler() -> DDIMScheduler:
     )  # fmt: skip
 
 
-def initial_pipeline(channels: tuple[int, int] = (32, 64), width: int = 64) -> StableDiffusionPipeline:
+def initial_pipeline(channels: tuple[int, ...] = (32, 64), width: int = 64) -> StableDiffusionPipeline:
     """The pipeline with random weights; 1.4 million parameters as it is, fewer for tests."""
     tokenizer = word_tokenizer()
     text_encoder = CLIPTextModel(
@@ -80,7 +80,7 @@ def initial_pipeline(channels: tuple[int, int] = (32, 64), width: int = 64) -> S
     )  # fmt: skip
     unet = UNet2DConditionModel(
         sample_size=8, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS, block_out_channels=channels, layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
+        down_block_types=("CrossAttnDownBlock2D",) * len(channels), up_block_types=("CrossAttnUpBlock2D",) * len(channels),
         cross_attention_dim=width, attention_head_dim=4, norm_num_groups=8,
         addition_embed_type="text", addition_embed_type_num_heads=4,  # the text also enters with the timestep: it learns faster
     )  # fmt: skip

@@ -38,10 +38,10 @@ SD_V1_4_SCHEDULER = dict(
 )
 
 
-def make_pipeline(seed: int = 0):
+def make_pipeline(seed: int = 0, channels: tuple[int, ...] = (8, 16)):
     """A StableDiffusionPipeline with a small untrained UNet whose output is of the size of the noise, as a trained one's is."""
     torch.manual_seed(seed)
-    pipe = build.initial_pipeline(channels=(8, 16), width=16)
+    pipe = build.initial_pipeline(channels, width=16)
     torch.nn.init.normal_(pipe.unet.conv_out.weight, std=0.1)
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         part.requires_grad_(False).eval()

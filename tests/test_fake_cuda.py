@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, make_pipeline
 
 FOLDER = ROOT / "tests" / "fake_cuda"
 SAMPLING = ("sampler.py", "plumbing/pipeline.py")
@@ -67,15 +67,16 @@ CASES = [*METHODS, "resumed", "evaluate", "2 steps", "4 steps"]
 
 
 @pytest.fixture(scope="module")
-def outcomes(model_folder, tmp_path_factory) -> dict[str, dict]:
-    """What fake_cuda/run.py says of every case."""
+def outcomes(tmp_path_factory) -> dict[str, dict]:
+    """What fake_cuda/run.py says of every case, on a UNet of one level: what a fake tensor costs is by the operation."""
     if torch.version.cuda is None or shutil.which("gcc") is None:
         pytest.skip("needs gcc and a CUDA build of torch")
     folder = tmp_path_factory.mktemp("fake_cuda")
     count, cases = folder / "libdevice_count.so", folder / "cases.json"
     for source, library in (("device_count.c", count), ("libcuda.c", folder / "libcuda.so.1")):
         subprocess.run(["gcc", "-shared", "-fPIC", "-o", str(library), str(FOLDER / source)], check=True)
-    cases.write_text(json.dumps(all_cases(model_folder, folder)))
+    make_pipeline(channels=(8,)).save_pretrained(folder / "model")
+    cases.write_text(json.dumps(all_cases(folder / "model", folder)))
     environment = os.environ | {
         "LD_LIBRARY_PATH": f"{folder}:{os.environ.get('LD_LIBRARY_PATH', '')}", "LD_PRELOAD": str(count),
         "PYTHONPATH": f"{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
