@@ -79,15 +79,20 @@ def hit(agents: int, name: str, rank: int, run: Path) -> dict:
             raise ValueError(f"torchrun did not bring the run to its end: {last_words(said)}")
     finally:
         kill_all(run)
-    lines = said.splitlines()
     return {
         "agents": agents,
         "signal": name,
         "rank": rank,
         "seconds_until_the_other_ended": seconds,
-        "said": [line.partition("error: ")[2] for line in lines if ": error" in line],
-        "went_on_from": [line.rpartition(" ")[2] for line in lines if f"{run} goes on from" in line],
+        "went_on_from": [line.rpartition(" ")[2] for line in said.splitlines() if f"{run} goes on from" in line],
     }
+
+
+def row(case: dict) -> str:
+    """Of the table."""
+    shown = [str(case[name]) for name in ("agents", "signal", "rank")]
+    shown += [f"{case['seconds_until_the_other_ended']:.0f} s", ", ".join(case["went_on_from"]), str(case["equal"])]
+    return f"| {' | '.join(shown)} |"
 
 
 def main(argv: list[str]) -> None:
@@ -103,10 +108,7 @@ def main(argv: list[str]) -> None:
         options.output.write_text(json.dumps(provenance("-m benchmarks.restarts", argv) | {"results": cases}, indent=1) + "\n")
         shutil.rmtree(folder)
     print("| agents | signal | rank | the other ended after | went on from | equal |\n|" + "---|" * 6)
-    for case in cases:
-        shown = (case["agents"], case["signal"], case["rank"], f"{case['seconds_until_the_other_ended']:.0f} s",
-                 ", ".join(case["went_on_from"]), case["equal"])  # fmt: skip
-        print(f"| {' | '.join(map(str, shown))} |")
+    print("\n".join(map(row, cases)))
     if not all(case["equal"] for case in cases):
         sys.exit("a run that was started anew has ended otherwise than the one left alone")
 

@@ -12,7 +12,7 @@ from conftest import ROOT
 from safetensors.torch import load_file
 from test_house import ROOMS
 
-from benchmarks import faults, memory_few
+from benchmarks import faults, memory_few, restarts
 from benchmarks.memory import RECIPES, passes
 from config import PRESETS, Config
 from miniature import TURBO, WEIGHTS, build, world
@@ -352,6 +352,16 @@ def test_the_campaign_of_kills_is_the_committed_one():
         assert count["finished"] >= 1 and count["equal"] == count["finished"]
     assert sum(count["kills"] for count in found.values()) >= 50
     assert all(sum(count[what] for count in found.values()) >= 10 for what in ("save", "evaluation"))
+
+
+def test_the_restarts_are_the_committed_ones():
+    found, page = result("restarts.json")["results"], (ROOT / "docs" / "cluster.md").read_text()
+    assert {(case["agents"], case["signal"], case["rank"]) for case in found} == {
+        (agents, name, rank) for agents in (1, 2) for name in restarts.SIGNALS for rank in (0, 1)
+    }
+    for case in found:
+        assert case["equal"] and len(case["went_on_from"]) == 1 and case["seconds_until_the_other_ended"] < 60
+        assert restarts.row(case) in page
 
 
 def test_memory_at_few_steps_is_the_derived_one():

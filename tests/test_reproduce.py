@@ -162,6 +162,7 @@ def test_models_of_few_steps(tiny, model_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce, "SCALES", {"few": f"--model {model_folder} --num_steps 2"})
     monkeypatch.setattr(reproduce, "EPOCHS", {"few": 2})
     monkeypatch.setattr(reproduce, "LEARNING_RATES", ("1e-3", "1e-3", "1e-3"))
+    monkeypatch.setattr(reproduce, "RATES", {("prdp", "few"): "1e-3"})  # another test searches for train.py
     methods = {"lasro": lasro, "prdp": "--preset toy"}
     monkeypatch.setattr(reproduce, "METHODS", {(name, "few"): f"{flags} {small}" for name, flags in methods.items()})
     flags = "--prompts toy-small --images_per_prompt 2 --num_steps"
