@@ -272,10 +272,10 @@ class Run:
                 if not self.in_updates and not isinstance(error, ConnectionError) and not hasattr(error, "shared"):
                     with suppress(Exception):
                         processes.all_fail(error)  # the others know nothing of it yet, and now wait for this process
-                self.save_what_is_whole(together=hasattr(error, "shared"))
+                self.save_what_is_whole(error, together=hasattr(error, "shared"))
                 raise
 
-    def save_what_is_whole(self, together: bool = False) -> None:
+    def save_what_is_whole(self, stopped_by: Exception | None = None, together: bool = False) -> None:
         """together: no process goes on before the first has saved, since torchrun ends all as soon as one has ended."""
 
         def save() -> None:
@@ -287,6 +287,8 @@ class Run:
             try:
                 processes.all_wait_for_first(save) if together else save()
             except Exception as error:  # of a broken device not even the weights come back
+                if isinstance(stopped_by, OSError) and isinstance(error, OSError):
+                    raise  # one disk, one line
                 complain(error)
 
 

@@ -522,6 +522,16 @@ def test_a_full_disk_leaves_the_last_checkpoint(finished, model_folder, tmp_path
     assert "No space left on device" in line and f"{run / 'checkpoints' / 'epoch_000002'} is whole" in line
     assert {path: path.read_bytes() for path in (run / "checkpoints").rglob("*.*")} == before
 
+    def full_too(self):
+        if self.completed == 3:
+            raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:  # the record fails first, and then the save of what it stopped
+        patch.setattr(checkpoint, "save_file", full)
+        patch.setattr(train.Run, "write_metrics", full_too)
+        line = refused(capsys, arguments(model_folder, run, "--epochs", "3"))
+    assert "cannot save a checkpoint" in line and f"{run / 'checkpoints' / 'epoch_000002'} is whole" in line
+
 
 def test_minutes_bound_what_a_kill_can_lose(model_folder, tmp_path, monkeypatch):
     saved, save = [], checkpoint.save
