@@ -141,7 +141,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--folder", type=Path, default=Path("runs/faults"), help="for the runs; emptied first")
-    parser.add_argument("--output", type=Path, required=True, help="a JSON file")
+    parser.add_argument("--output", type=Path, help="a JSON file")
     with one_line_errors(ValueError, OSError):
         options = parser.parse_args(argv)
         there = {path.name for path in options.folder.glob("*")} - {file_name(scene) for scene in SCENES}
@@ -149,8 +149,9 @@ def main(argv: list[str]) -> None:
             raise ValueError(f"{options.folder} holds other things, as {min(there)}: choose another --folder")
         shutil.rmtree(options.folder, ignore_errors=True)
         counts = campaign(options.kills, options.folder, options.seed)
-        found = provenance("-m benchmarks.faults", argv) | {"results": counts}
-        options.output.write_text(json.dumps(found, indent=1) + "\n")
+        if options.output:
+            found = provenance("-m benchmarks.faults", argv) | {"results": counts}
+            options.output.write_text(json.dumps(found, indent=1) + "\n")
     print("| | kills | in a save | in an evaluation | elsewhere | runs finished | equal to the uninterrupted |\n|" + "---|" * 7)
     for scene, count in counts.items():
         print(f"| {scene} | {' | '.join(map(str, count.values()))} |")

@@ -33,7 +33,7 @@ def train_student(pipe: StableDiffusionPipeline, student, steps: int, pictures: 
     prompts = [captions.prompt() for _ in range(pictures)]
     if not file.exists():
         torch.save(teachers_pictures(pipe, pipe, prompts, PICTURE_STEPS, GUIDANCE, 128, seed=0), file)
-    x_0, cond = torch.load(file), encode_prompts(pipe, prompts)
+    x_0, cond = torch.load(file, weights_only=True), encode_prompts(pipe, prompts)
     distilled = copy.copy(pipe)
     distilled.unet = student
     policies = solver_policies(distilled, target, pipe, GUIDANCE)

@@ -66,8 +66,14 @@ def parse(
 
 def check_typed(rewards: list[str], argv: list[str], how: str) -> None:
     """ValueError for a reward module:function that is in a run folder but not on the command line: it would run its code."""
+    typed, option = set(), ""
+    for word in argv:
+        if word.startswith("--"):
+            option, _, word = word.partition("=")
+        if option in ("--reward", "--rewards"):
+            typed.add(word)
     for name in rewards:
-        if ":" in name and not any(word == name or word.endswith(f"={name}") for word in argv):
+        if ":" in name and name not in typed:
             raise ValueError(f"the reward {name} is code, which is run only if it is typed: give it by {how}")
 
 

@@ -26,6 +26,7 @@ from plumbing.errors import told_of
 from plumbing.reward_models import Reward
 from sampler import Policy, Schedule, sample_trajectories
 
+LIBRARIES = (None, "diffusers", "transformers", "stable_diffusion")  # that parts of a pipeline are of; the last is of diffusers
 DECODED = 2**20  # pixels at a time: four pictures of 512 x 512; a decoder takes far more memory for them than a UNet does
 
 
@@ -163,6 +164,7 @@ def load_pipeline(name: str, device: torch.device) -> DiffusionPipeline:
             warnings.simplefilter("ignore")
             # Weights in safetensors only: nothing is unpickled.
             folder = name if local else DiffusionPipeline.download(name, safety_checker=None, use_safetensors=True)
+            check_index(Path(folder))
             pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, safety_checker=None, use_safetensors=True)
     except Exception as error:  # the libraries raise many kinds for a folder that is no pipeline, or no connection
         if local:
@@ -179,6 +181,14 @@ def load_pipeline(name: str, device: torch.device) -> DiffusionPipeline:
             part.requires_grad_(False).eval()
     with told_of(f"the pipeline {name!r}", device):
         return pipe.to(device)
+
+
+def check_index(folder: Path) -> None:
+    """ValueError if a pipeline is made of other classes than these libraries': some versions of diffusers run their code."""
+    index = json.loads((folder / "model_index.json").read_text())
+    others = [name for name, part in index.items() if isinstance(part, list) and part[0] not in LIBRARIES]
+    if others or not isinstance(index["_class_name"], str):
+        raise ValueError(f"model_index.json names code for {(others or ['_class_name'])[0]}, and nothing of a model is run")
 
 
 def save_pipeline(pipe: DiffusionPipeline, scheduler: DDIMScheduler | LCMScheduler, folder: Path) -> None:

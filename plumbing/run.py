@@ -185,9 +185,11 @@ class Run:
         })  # fmt: skip
         self.completed, self.whole, self.in_updates = self.completed + 1, True, False
         self.write_metrics()
-        late = 0 < 60 * config.save_minutes <= time.monotonic() - self.saved_at
-        if self.completed % config.save_every == 0 or late or self.completed == config.epochs:
+        if self.completed % config.save_every == 0 or self.is_late() or self.completed == config.epochs:
             self.save()
+
+    def is_late(self) -> bool:
+        return 0 < 60 * self.config.save_minutes <= time.monotonic() - self.saved_at
 
     def all_evaluate_if_due(self) -> bool:
         """The end of an epoch: evaluation where it is due and not done, after the checkpoint, so that no stop costs both."""
@@ -199,6 +201,8 @@ class Run:
             self.write_metrics()
             if RANK == 0:
                 plots.reward_curve(self.metrics, self.folder / "reward.png")
+            if self.is_late():
+                self.save()
         return bool(due)
 
     def write_metrics(self) -> None:

@@ -14,6 +14,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from safetensors import SafetensorError
 from torch import Tensor
 
 from config import Config
@@ -86,12 +87,21 @@ def trained_parameters(pipe: DiffusionPipeline) -> dict[str, torch.nn.Parameter]
 
 
 def save_result(pipe: DiffusionPipeline, scheduler: DDIMScheduler | LCMScheduler, run: Path) -> None:
-    """run/pipeline for plain from_pretrained, adapters merged in; of adapters also run/lora for load_lora_weights."""
-    if getattr(pipe.unet, "peft_config", None):
-        pipe.save_lora_weights(run / "lora", unet_lora_layers=get_peft_model_state_dict(pipe.unet))
-        pipe.unet.fuse_lora()
-        pipe.unet.unload_lora()
-    save_pipeline(pipe, scheduler, run / "pipeline")
+    """run/pipeline for plain from_pretrained, adapters merged in; of adapters also run/lora for load_lora_weights.
+
+    OSError if it cannot.
+    """
+    try:
+        if getattr(pipe.unet, "peft_config", None):
+            pipe.save_lora_weights(run / "lora", unet_lora_layers=get_peft_model_state_dict(pipe.unet))
+            pipe.unet.fuse_lora()
+            pipe.unet.unload_lora()
+        save_pipeline(pipe, scheduler, run / "pipeline")
+    except (OSError, SafetensorError) as error:
+        whole = checkpoint.all_checkpoints(run)[-1]
+        raise OSError(
+            f"cannot save the result: {error}; {whole} is whole, and the same command saves the result again"
+        ) from error
 
 
 def open_model(name: str, base: str, device: torch.device) -> DiffusionPipeline:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import evaluate
 import train
-from plumbing import checkpoint
+from plumbing import checkpoint, pipeline
 from plumbing.pipeline import load_pipeline
 
 FLAGS = (
@@ -66,6 +66,7 @@ def test_code_that_a_run_names_is_run_only_if_it_is_typed(foreign, tmp_path, cap
     few = ["--images_per_prompt", "1", "--prompts", "toy-small:1"]
     line = refused(capsys, evaluate.main, ["--runs", foreign, *few])
     assert "the reward trap:f is code, which is run only if it is typed: give it by --rewards" in line
+    assert "the reward trap:f is code" in refused(capsys, evaluate.main, ["--runs", foreign, *few, "--models", "x=trap:f"])
     line = refused(capsys, train.main, ["--resume", foreign, "--epochs", "2"])
     assert "the reward trap:f is code" in line and "give it by --reward, since" in line
     assert not (tmp_path / "ran").exists() and "trap" not in sys.modules
@@ -116,14 +117,20 @@ def test_a_model_is_not_unpickled(part, file, model_folder, tmp_path):
         load_pipeline(str(folder), torch.device("cpu"))
 
 
-def test_code_in_a_model_is_not_run(model_folder, tmp_path):
+@pytest.mark.parametrize(
+    "names, value", [("unet", ["evil", "Evil"]), ("unet", ["model.evil", "Evil"]), ("_class_name", ["evil", "Evil"])]
+)
+def test_code_in_a_model_is_not_run(names, value, model_folder, tmp_path, monkeypatch):
+    """By whatever version of diffusers: it is not even asked."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(pipeline.DiffusionPipeline, "from_pretrained", lambda *_, **__: pytest.fail("diffusers was asked"))
     folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
     code = f"open({str(tmp_path / 'ran')!r}, 'w')\nfrom diffusers import UNet2DConditionModel as Evil\n"
     for place in (folder, folder / "unet"):
         (place / "evil.py").write_text(code)
     index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps(index | {"unet": ["evil", "Evil"]}))
-    with pytest.raises(ValueError, match="cannot load a pipeline from the folder"):
+    (folder / "model_index.json").write_text(json.dumps(index | {names: value}))
+    with pytest.raises(ValueError, match=f"cannot load a pipeline from the folder .*names code for {names}"):
         load_pipeline(str(folder), torch.device("cpu"))
     assert not (tmp_path / "ran").exists()
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 import train
 from miniature import build
 from miniature.world import alignment
-from plumbing import checkpoint, processes, run
+from plumbing import checkpoint, processes, run, trainable
 
 TINY = "--preset toy --prompts toy-small --prompts_per_epoch 4 --images_per_prompt 3 --learning_rate 1e-3 --eval_every 2".split()
 CLOCK_AND_MEMORY = ("seconds", "images_per_second", "peak_memory_gib")
@@ -531,6 +531,20 @@ def test_a_full_disk_leaves_the_last_checkpoint(finished, model_folder, tmp_path
         patch.setattr(train.Run, "write_metrics", full_too)
         line = refused(capsys, arguments(model_folder, run, "--epochs", "3"))
     assert "cannot save a checkpoint" in line and f"{run / 'checkpoints' / 'epoch_000002'} is whole" in line
+
+
+def test_a_full_disk_at_the_end_leaves_the_last_checkpoint(model_folder, tmp_path, capsys, monkeypatch):
+    argv = arguments(model_folder, tmp_path / "run", "--epochs", "1", "--eval_prompts", "")
+
+    def full(*arguments):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainable, "save_pipeline", full)
+        line = refused(capsys, argv)
+    assert "cannot save the result: I/O error: No space left" in line and "epoch_000001 is whole, and the same command" in line
+    train.main(argv)
+    assert weights(tmp_path / "run")
 
 
 def test_minutes_bound_what_a_kill_can_lose(model_folder, tmp_path, monkeypatch):
