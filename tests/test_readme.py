@@ -378,6 +378,8 @@ def test_the_comparison_at_few_steps_is_the_measured_one():
     every = [run for seeds in found["runs"].values() for run in seeds.values()]
     assert len(every) == 18 and {run["evaluated"][-1]["queries"] for run in every} == {3840}
     assert "3840 reward queries" in page
+    before = [run["surrogate_accuracy"][epoch][1] for run in found["runs"]["LaSRO"].values() for epoch in range(3, 7)]
+    assert f"in epochs 4 to 7 it orders {sum(before) / len(before):.2f} of" in page
     shortest = min(run["evaluated"][-1]["seconds"] for run in every)
     assert f"at {shortest:.0f} s" in page
     for model, seeds in found["scores"].items():
