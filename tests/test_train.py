@@ -556,6 +556,16 @@ def test_minutes_bound_what_a_kill_can_lose(model_folder, tmp_path, monkeypatch)
         train.main(arguments(model_folder, tmp_path / minutes, *flags, "--save_minutes", minutes))
         assert saved == expected, minutes
 
+    def slow(self):  # an evaluation of two hours, after the first epoch
+        self.saved_at -= 7200 if self.completed == 1 else 0
+        return {"eval_reward": 0.0}
+
+    saved.clear()
+    monkeypatch.setattr(train.Run, "all_evaluate", slow)
+    flags = ["--updates_per_epoch", "1", "--epochs", "3", "--save_every", "100", "--eval_every", "1"]
+    train.main(arguments(model_folder, tmp_path / "evaluated", *flags))
+    assert saved == [1, 3]
+
 
 def other_model(tmp_path) -> Path:
     """A pipeline with wider layers."""
