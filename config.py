@@ -87,7 +87,9 @@ class Common:
     keep_every: int = setting(
         0, "Of the checkpoints at multiples of this the weights stay, for evaluate.py --checkpoints; 0: none."
     )
-    log_to: Literal["none", "tensorboard", "wandb"] = setting("none", "Where metrics go besides metrics.jsonl.")
+    log_to: Literal["none", "tensorboard", "wandb", "trackio", "mlflow"] = setting(
+        "none", "Tracker that gets metrics and pictures as well."
+    )
 
 
 @dataclass

@@ -10,7 +10,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from plumbing.pipeline import sample_images
 from plumbing.processes import RANK, WORLD_SIZE, all_gather, all_wait_for_first, say
 from plumbing.reward_models import Reward
 from plumbing.scores import mean_and_error
+from plumbing.trackers import Watch
 from rdp_loss import log_ratio, prediction_quality
 from sampler import EVALUATION, Policy, Trajectories
 
@@ -47,7 +48,7 @@ class Run:
         self.trained = list(parameters.values())
         self.folder, self.completed = Path(config.output_dir), 0
         self.whole, self.in_updates = True, False  # whole: weights, optimiser and memory are those of the completed epochs
-        self.log: Callable[[dict], None] = lambda line: None
+        self.watch: Watch | None = None  # of the first process
         if len(set(processes.all_succeed(lambda: config.resume))) > 1:
             raise ValueError(f"{self.folder} holds a run for some processes and none for others: the machines must share it")
         if config.resume:
@@ -88,7 +89,7 @@ class Run:
             unfinished = self.folder / "config.json.unfinished"
             unfinished.write_text(json.dumps(dataclasses.asdict(self.config), indent=1))
             unfinished.replace(self.folder / "config.json")
-            self.log = start_log(self.config, self.folder, self.completed)
+            self.watch = Watch(self.config, self.folder, self.completed)
 
         all_wait_for_first(prepare)
         processes.all_check_shared(self.folder)
@@ -99,18 +100,23 @@ class Run:
             self.metrics = [line for line in read_metrics(self.folder) if line["epoch"] <= self.completed]
         else:
             self.metrics = [{"epoch": 0} | self.all_evaluate()]
-            self.log(self.metrics[0])
+            self.log()
         self.write_metrics()
         if self.completed:
             self.lap = Stopwatch()
             if self.all_evaluate_if_due():  # what was stopped in it
-                self.log(self.metrics[-1])
+                self.log()
         every = range(self.completed, self.config.epochs)
         for epoch in tqdm(every, "epochs", initial=self.completed, total=self.config.epochs, disable=RANK > 0):
             self.lap, self.rounding, self.drift = Stopwatch(), None, None
             yield epoch
             self.all_evaluate_if_due()
-            self.log(self.metrics[-1])
+            self.log()
+
+    def log(self) -> None:
+        """The newest line of the record, for whoever watches the run."""
+        if self.watch:
+            self.watch.log(self.metrics[-1])
 
     @contextmanager
     def updating(self, mine: Trajectories | None = None) -> Iterator[None]:
@@ -278,6 +284,9 @@ class Run:
                         processes.all_fail(error)  # the others know nothing of it yet, and now wait for this process
                 self.save_what_is_whole(error, together=hasattr(error, "shared"))
                 raise
+            finally:
+                if self.watch:
+                    self.watch.finish()
 
     def save_what_is_whole(self, stopped_by: Exception | None = None, together: bool = False) -> None:
         """together: no process goes on before the first has saved, since torchrun ends all as soon as one has ended."""
@@ -325,41 +334,6 @@ def read_run(run: Path) -> dict:
 
 def read_metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def start_log(config: Config, run: Path, completed: int) -> Callable[[dict], None]:
-    """A function that sends one line of metrics.jsonl to --log_to as well; ValueError if its package is not installed."""
-    if config.log_to == "none":
-        return lambda line: None
-    try:
-        if config.log_to == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-        else:
-            import wandb
-    except ImportError as error:
-        raise ValueError(f"--log_to {config.log_to} needs a package: pip install {config.log_to} ({error})") from error
-    if config.log_to == "tensorboard":
-        writer = SummaryWriter(str(run / "tensorboard"), purge_step=completed + 1)
-    else:
-        identity = run / "wandb_id"  # a resumed run goes on in the same curves
-        known = identity.read_text() if completed and identity.exists() else None
-        try:
-            wandb.init(project="prdp", dir=run, id=known, name=run.name, config=dataclasses.asdict(config), resume="allow")
-        except Exception as error:  # not logged in, no connection
-            raise ValueError(f"--log_to wandb: {error}") from error
-        identity.write_text(wandb.run.id)
-
-    def log(line: dict) -> None:
-        numbers = {name: value for name, value in line.items() if isinstance(value, int | float)}
-        numbers |= {f"seconds/{phase}": value for phase, value in line.get("seconds", {}).items()}
-        if config.log_to == "tensorboard":
-            for name, value in numbers.items():
-                writer.add_scalar(name, value, line["epoch"])
-            writer.flush()
-        else:
-            wandb.log(numbers, step=line["epoch"])
-
-    return log
 
 
 class Stopwatch:

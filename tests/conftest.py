@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,9 @@ if "-mgpu" in "".join(sys.argv):
 else:  # tests are of the CPU, but for those of test_gpu.py
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 import torch
+
+TRACKIO = tempfile.TemporaryDirectory()
+os.environ["TRACKIO_DIR"] = TRACKIO.name  # before trackio is imported: not where its user has his runs
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))

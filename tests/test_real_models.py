@@ -3,8 +3,6 @@
 import copy
 import dataclasses
 import json
-import sys
-import types
 from functools import partialmethod
 from pathlib import Path
 
@@ -13,7 +11,6 @@ import torch
 from conftest import make_pipeline
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
 from benchmarks import rehearsal
@@ -226,30 +223,6 @@ def test_long_prompts_are_counted_and_reported_once(flags, pipe, tmp_path, capsy
     captured = capsys.readouterr()
     assert captured.out.count("1 of 2 prompts are longer than the text encoder reads") == 1
     assert "truncated" not in captured.err
-
-
-def test_tensorboard_and_wandb_get_the_metrics(flags, tmp_path, monkeypatch):
-    same = ["--preset", "small-hpsv2", "--reward", "jpeg-compressibility", "--updates_per_epoch", "1"]
-    lines = run_of(flags, tmp_path / "board", *same, "--log_to", "tensorboard")
-    events = EventAccumulator(str(tmp_path / "board" / "tensorboard"))
-    events.Reload()
-    logged = {event.step: event.value for event in events.Scalars("reward_mean")}
-    assert logged == pytest.approx({line["epoch"]: line["reward_mean"] for line in lines[1:]})
-    assert events.Scalars("seconds/sample")[0].value > 0
-
-    calls = []
-    fake = types.SimpleNamespace(
-        init=lambda **settings: calls.append(settings), run=types.SimpleNamespace(id="abc"),
-        log=lambda numbers, step: calls.append((step, numbers)),
-    )  # fmt: skip
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    lines = run_of(flags, tmp_path / "wandb", *same, "--log_to", "wandb")
-    settings, *logged = calls
-    assert settings["id"] is None and settings["config"]["preset"] == "small-hpsv2" and settings["name"] == "wandb"
-    assert [step for step, _ in logged] == [0, 1, 2] and logged[2][1]["reward_mean"] == lines[2]["reward_mean"]
-    calls.clear()
-    train.main(["--resume", str(tmp_path / "wandb"), "--epochs", "3"])
-    assert calls[0]["id"] == "abc" and [step for step, _ in calls[1:]] == [3]
 
 
 def test_rehearsal_prints_a_command_that_fits(tmp_path, capsys):

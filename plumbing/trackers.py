@@ -1,0 +1,94 @@
+"""Where a run is watched besides its folder: a tracker of accelerate.tracking gets its settings, metrics and pictures."""
+
+import dataclasses
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from accelerate import PartialState
+from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracker, TrackioTracker, WandBTracker
+
+PROJECT = "prdp"
+
+
+class Watch:
+    """A run at --log_to, which may be none; it goes on in the curves of a run that has completed epochs.
+
+    ValueError if the tracker's package is not installed, or it does not start: not logged in, no connection.
+    """
+
+    def __init__(self, config, run: Path, completed: int):
+        self.name, self.run, self.tracker = config.log_to, run, None
+        if self.name == "none":
+            return
+        file = run / f"{self.name}_id"
+        try:
+            settings = dataclasses.asdict(config).items()
+            settings = {key: str(value) if isinstance(value, list) else value for key, value in settings}
+            self.tracker = self.begin(settings, completed, file.read_text() if completed and file.exists() else None)
+        except ImportError as error:
+            raise ValueError(f"--log_to {self.name} needs a package: pip install {self.name} ({error})") from error
+        except Exception as error:  # the libraries raise many kinds
+            raise ValueError(f"--log_to {self.name}: {error}") from error
+        file.write_text(self.identity())
+        if not completed:
+            self.tracker.store_init_configuration(settings)
+
+    def begin(self, settings: dict, completed: int, known: str | None) -> GeneralTracker:
+        """known: what the tracker calls the run."""
+        title = self.run.name
+        match self.name:
+            case "tensorboard":
+                tracker = TensorBoardTracker("tensorboard", self.run, purge_step=completed + 1)
+            case "wandb":
+                tracker = WandBTracker(PROJECT, dir=self.run, id=known, name=title, resume="allow")
+            case "trackio":
+                tracker = TrackioTracker(
+                    PROJECT, name=known or title, resume="allow" if known else "never", config=settings, embed=False
+                )
+            case "mlflow":
+                tracker = MLflowTracker(PROJECT, run_id=known, run_name=title)
+        PartialState(cpu=True)  # accelerate wants it; the processes have been joined before
+        tracker.main_process_only = False  # there is one process that has a tracker
+        tracker.start()
+        return tracker
+
+    def identity(self) -> str:
+        """What the tracker calls the run, by which it goes on."""
+        of_tracker = self.tracker.tracker
+        match self.name:
+            case "wandb":
+                return of_tracker.id
+            case "trackio":
+                return of_tracker.name
+            case "mlflow":
+                return of_tracker.info.run_id
+        return self.run.name
+
+    def log(self, line: dict) -> None:
+        """A line of metrics.jsonl, and the pictures of its evaluation, which show their prompts."""
+        if not self.tracker:
+            return
+        numbers = {key: value for key, value in line.items() if isinstance(value, int | float)}
+        numbers |= {f"seconds/{phase}": value for phase, value in line.get("seconds", {}).items()}
+        self.tracker.log(numbers, line["epoch"])
+        pictures = self.run / "samples" / f"epoch_{line['epoch']:06d}.png"
+        if line["eval_reward"] is not None and pictures.exists():
+            self.log_pictures(pictures, line["epoch"])
+
+    def log_pictures(self, file: Path, epoch: int) -> None:
+        match self.name:
+            case "tensorboard":
+                self.tracker.log_images({"samples": plt.imread(file)[None, ..., :3]}, epoch, dataformats="NHWC")
+            case "wandb":
+                self.tracker.log_images({"samples": [str(file)]}, epoch)
+            case "trackio":
+                import trackio
+
+                self.tracker.log({"samples": trackio.Image(file)}, epoch)
+            case "mlflow":
+                self.tracker.log_artifact(str(file), "samples")
+
+    def finish(self) -> None:
+        """Sends what is left."""
+        if self.tracker:
+            self.tracker.finish()
