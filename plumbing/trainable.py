@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from config import Config
-from plumbing import checkpoint
+from plumbing import checkpoint, modelcard
 from plumbing.pipeline import load_pipeline, save_pipeline
 from sampler import Condition, Policy, gaussian
 
@@ -87,7 +87,7 @@ def trained_parameters(pipe: DiffusionPipeline) -> dict[str, torch.nn.Parameter]
 
 
 def save_result(pipe: DiffusionPipeline, scheduler: DDIMScheduler | LCMScheduler, run: Path) -> None:
-    """run/pipeline for plain from_pretrained, adapters merged in; of adapters also run/lora for load_lora_weights.
+    """run/pipeline for plain from_pretrained, adapters merged in; of adapters also run/lora for load_lora_weights. With its card.
 
     OSError if it cannot.
     """
@@ -97,6 +97,7 @@ def save_result(pipe: DiffusionPipeline, scheduler: DDIMScheduler | LCMScheduler
             pipe.unet.fuse_lora()
             pipe.unet.unload_lora()
         save_pipeline(pipe, scheduler, run / "pipeline")
+        modelcard.write(run, run / "pipeline")
     except (OSError, SafetensorError) as error:
         whole = checkpoint.all_checkpoints(run)[-1]
         raise OSError(

@@ -1,0 +1,62 @@
+"""The card of a result, by huggingface_hub.ModelCard: what was made of what, how, and what it must not be taken for.
+
+Its text is modelcard.md.jinja. All that it says is read from the folder of the run.
+"""
+
+import shutil
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+import miniature
+from plumbing.reward_models import SOURCES
+from plumbing.run import read_metrics, read_run
+
+PAPERS = {
+    "prdp": ("PRDP", "2402.08714"), "ddpo": ("DDPO", "2305.13301"), "dpok": ("DPOK", "2305.16381"),
+    "d3po": ("D3PO", "2311.13231"), "lasro": ("LaSRO", "2411.15247"),
+}  # fmt: skip
+LICENCES = {
+    **dict.fromkeys(miniature.PIPELINES, "mit"),
+    "CompVis/stable-diffusion-v1-4": "creativeml-openrail-m",
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",
+    "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
+}  # of models to start from; others are to be looked up
+SETTINGS = (
+    "epochs", "updates_per_epoch", "prompts_per_epoch", "images_per_prompt", "num_steps", "guidance_scale", "kl_weight",
+    "clip_range", "learning_rate", "lora_rank", "autocast", "anchor_weight", "step_weights", "pretraining_epochs", "seed",
+)  # fmt: skip
+
+
+def write(run: Path, folder: Path) -> None:
+    """Writes the card of a run as README.md into the folder of its result, beside the curve and pictures that it shows."""
+    settings, lines = read_run(run), read_metrics(run)
+    method, paper = PAPERS[settings.get("method", "lasro")]
+    base, on_hub = settings["model"], settings["model"].count("/") == 1 and not Path(settings["model"]).exists()
+    evaluated = [line for line in lines if line["eval_reward"] is not None]
+    shown = {"curve": run / "reward.png"}
+    if evaluated:
+        shown |= {name: run / "samples" / f"epoch_{line['epoch']:06d}.png" for name, line in
+                  (("before", evaluated[0]), ("after", evaluated[-1]))}  # fmt: skip
+    shown = {name: file for name, file in shown.items() if file.exists()}
+    for name, file in shown.items():
+        shutil.copy(file, folder / f"{name}.png")
+    data = ModelCardData(
+        license=LICENCES.get(base, "other"), license_name=None if base in LICENCES else "that-of-the-base-model",
+        library_name="diffusers", pipeline_tag="text-to-image", base_model=base if on_hub else None,
+        tags=["text-to-image", "reward-finetuning", method.lower()],
+    )  # fmt: skip
+    card = ModelCard.from_template(
+        data, template_path=Path(__file__).with_name("modelcard.md.jinja"), method=method, paper=paper, base=base, run=run.name,
+        base_licence=LICENCES.get(base), settings={name: settings[name] for name in SETTINGS if name in settings},
+        rewards=rewards_of(settings), prompts=settings["prompts"], eval_prompts=settings["eval_prompts"],
+        evaluated=evaluated, shown=list(shown), kl=lines[-1].get("kl_nats"), steps=settings["num_steps"], guidance=settings["guidance_scale"],
+    )  # fmt: skip
+    card.save(folder / "README.md")
+
+
+def rewards_of(settings: dict) -> list[tuple[str, str, str]]:
+    """Name, weight and licence of each part of the reward."""
+    parts = [spec.partition("=")[::2] for spec in settings["reward"]]
+    own = "of the program that trained, or the user's own"
+    return [(name, weight or "1", SOURCES[name].licence if name in SOURCES else own) for name, weight in parts]
