@@ -50,7 +50,8 @@ def write(run: Path, folder: Path) -> None:
         data, template_path=Path(__file__).with_name("modelcard.md.jinja"), method=method, paper=paper, base=base, run=run.name,
         base_licence=LICENCES.get(base), settings={name: settings[name] for name in SETTINGS if name in settings},
         rewards=rewards_of(settings), prompts=settings["prompts"], eval_prompts=settings["eval_prompts"],
-        evaluated=evaluated, shown=list(shown), kl=lines[-1].get("kl_nats"), steps=settings["num_steps"], guidance=settings["guidance_scale"],
+        evaluated=evaluated, shown=list(shown), kl=lines[-1].get("kl_nats"), steps=settings["num_steps"],
+        guidance=settings["guidance_scale"],
     )  # fmt: skip
     card.save(folder / "README.md")
 

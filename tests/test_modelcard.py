@@ -13,7 +13,7 @@ from plumbing import modelcard
 def test_a_result_has_a_card_with_what_was_measured(model_folder, tmp_path):
     run = tmp_path / "mine"
     train.main(arguments(model_folder, run, "--updates_per_epoch", "1", "--epochs", "2", "--eval_every", "1"))
-    card, (start, _, end) = ModelCard.load(run / "pipeline"), metrics(run)
+    card, (start, _, end) = ModelCard.load(run / "pipeline" / "README.md"), metrics(run)
     assert card.data.library_name == "diffusers" and card.data.license == "other" and card.data.base_model is None
     assert "finetuned by PRDP ([arXiv 2402.08714]" in card.text and "the reward `toy-alignment`." in card.text
     assert f"| 0 | {start['eval_reward']:.4f} |" in card.text and f"| 2 | {end['eval_reward']:.4f} |" in card.text
@@ -36,7 +36,7 @@ def test_what_is_known_of_a_base_and_of_rewards_is_said(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(settings))
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"epoch": 1, "eval_reward": None, "kl_nats": None}) + "\n")
     modelcard.write(tmp_path, tmp_path)
-    card = ModelCard.load(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
     assert card.data.base_model == "CompVis/stable-diffusion-v1-4" and card.data.license == "creativeml-openrail-m"
     assert "`hpsv2` (weight 2), `mine:score` (weight 1)." in card.text
     assert "Reward `hpsv2`: Apache-2.0." in card.text and "Reward `mine:score`: of the program that trained, or the" in card.text
