@@ -26,9 +26,7 @@ from plumbing.errors import last_words, one_line_errors
 from plumbing.flags import OneLineParser
 from plumbing.provenance import provenance
 
-RUN = "train.py --preset toy --prompts toy-small --eval_prompts  --epochs 12 --prompts_per_epoch 2 --images_per_prompt 4".split(
-    " "
-)
+RUN = "train.py --preset toy --prompts toy-small --eval_prompts= --epochs 12 --prompts_per_epoch 2 --images_per_prompt 4"
 SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGSTOP": signal.SIGSTOP}
 HIT_AFTER = 3  # epochs
 
@@ -41,7 +39,17 @@ def begin(agents: int, run: Path) -> list[subprocess.Popen]:
     meet = (
         f"--max-restarts=2 --rdzv-backend=c10d --rdzv-endpoint=localhost:{port} --nnodes={agents} --nproc_per_node={2 // agents}"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", *meet.split(), *RUN, "--save_every", "1", "--output_dir", str(run)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        *meet.split(),
+        *RUN.split(),
+        "--save_every",
+        "1",
+        "--output_dir",
+        str(run),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return [
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
@@ -64,7 +72,7 @@ def hit(agents: int, name: str, rank: int, run: Path) -> dict:
     """One run of which one process is hit -> what the others did, and where the run went on; ValueError if it did not end."""
     started = begin(agents, run)
     try:
-        while len(checkpoint.all_checkpoints(run)) < 2 or checkpoint.epoch_of(checkpoint.all_checkpoints(run)[-1]) < HIT_AFTER:
+        while not any(checkpoint.epoch_of(folder) >= HIT_AFTER for folder in checkpoint.all_checkpoints(run)):
             if started[0].poll() is not None:
                 raise ValueError(f"torchrun has ended before: {last_words(started[0].stdout.read())}")
             time.sleep(0.05)

@@ -116,9 +116,7 @@ def save_pictures(x_0: Tensor, folder: Path) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
     checkpoint.save_tensors({"x_0": x_0}, unfinished / PICTURES)
-    checkpoint.write_sums(unfinished, PICTURES)
-    for written in (*unfinished.iterdir(), unfinished):
-        checkpoint.settle(written)
+    checkpoint.seal(unfinished, PICTURES)
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
 

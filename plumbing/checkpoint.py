@@ -46,9 +46,7 @@ def save(
         save_tensors(tensors, unfinished / STATE)
         about = {"epoch": epoch, "processes": processes, "config": config, "state": state}
         (unfinished / ABOUT).write_text(json.dumps(about, indent=1))
-        write_sums(unfinished)
-        for written in (*unfinished.iterdir(), unfinished):
-            settle(written)
+        seal(unfinished)
         os.replace(unfinished, folder)
         settle(folder.parent)
     except OSError as error:
@@ -110,6 +108,13 @@ def write_sums(folder: Path, *names: str) -> None:
     """SHA256SUMS of these files of a folder, or of the three other ones of a checkpoint."""
     sums = [f"{checksum(folder / name)}  {name}\n" for name in names or (WEIGHTS, STATE, ABOUT)]
     (folder / SUMS).write_text("".join(sums))
+
+
+def seal(folder: Path, *names: str) -> None:
+    """write_sums(), and the disk has all of the folder, which then may take its place."""
+    write_sums(folder, *names)
+    for written in (*folder.iterdir(), folder):
+        settle(written)
 
 
 def settle(path: Path) -> None:

@@ -29,7 +29,8 @@ class Watch:
             raise ValueError(f"--log_to {self.name} needs a package: pip install {self.name} ({error})") from error
         except Exception as error:  # the libraries raise many kinds
             raise ValueError(f"--log_to {self.name}: {error}") from error
-        file.write_text(self.identity())
+        if self.name != "tensorboard":  # which has the run by its folder
+            file.write_text(self.identity())
         if not completed:
             self.tracker.store_init_configuration(settings)
 
@@ -62,7 +63,6 @@ class Watch:
                 return of_tracker.name
             case "mlflow":
                 return of_tracker.info.run_id
-        return self.run.name
 
     def log(self, line: dict) -> None:
         """A line of metrics.jsonl, and the pictures of its evaluation, which show their prompts."""
