@@ -7,7 +7,7 @@ line replaces any.
 import argparse
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args, get_origin
 
 import torch
 
@@ -90,6 +90,8 @@ class Common:
     log_to: Literal["none", "tensorboard", "wandb", "trackio", "mlflow"] = setting(
         "none", "Tracker that gets metrics and pictures as well."
     )
+    push_to_hub: str = setting("", "USER/NAME: publish the result there, with its card, by the login of `hf auth login`.")
+    quiet: bool = setting(False, "Only results, warnings and errors: not what a run is made of, nor a line for every epoch.")
 
 
 @dataclass
@@ -179,6 +181,13 @@ PRESETS: dict[str, dict] = {
 }  # fmt: skip
 
 
+def preset(name: str, **settings) -> Config:
+    """The settings of a preset of train.py, with others in place of some; ValueError for an unknown preset."""
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}: use {', '.join(PRESETS)}")
+    return Config(**{"preset": name, "output_dir": f"runs/{name}"} | PRESETS[name] | settings)
+
+
 @dataclass
 class LasroConfig(Common):
     """The settings of lasro.py. The paper's are not known, but for 1 to 10 updates of the generator to 1 to 50 of the surrogate.
@@ -236,12 +245,23 @@ LASRO_PRESETS: dict[str, dict] = {
 MAY_CHANGE_ON_RESUME = {
     "resume", "output_dir", "prompts_dir", "reward_weights", "epochs", "eval_every", "save_every", "save_minutes", "keep_every",
     "log_to", "sample_batch_size", "log_prob_batch_size", "train_batch_size", "compile", "gradient_checkpointing",
-    "latents_on_cpu", "reference_on_cpu",
+    "latents_on_cpu", "reference_on_cpu", "push_to_hub", "quiet",
 }  # fmt: skip
+
+
+def check_kinds(config: Common) -> None:
+    """ValueError naming the setting if one has none of its few values, or a batch size is none: from Python nothing is parsed."""
+    for field in dataclasses.fields(config):
+        value, allowed = getattr(config, field.name), get_args(field.type)
+        if get_origin(field.type) is Literal and value not in allowed:
+            raise ValueError(f"{field.name} must be {' or '.join(allowed)}, not {value!r}")
+        if field.type is BatchSize and not (isinstance(value, int) and value >= AUTO):
+            raise ValueError(f"{field.name} must be at least 1, or {AUTO} for auto, not {value!r}")
 
 
 def check(config: Config, world_size: int) -> None:
     """ValueError naming the setting if the numbers cannot work together."""
+    check_kinds(config)
     whole = ("epochs", "updates_per_epoch", "prompts_per_epoch", "num_steps", "eval_every", "save_every")
     of_methods = ("statistics_size", "statistics_min_count", "steps_per_update")
     for name in (*whole, *of_methods):
@@ -288,6 +308,7 @@ def check(config: Config, world_size: int) -> None:
 
 def check_lasro(config: LasroConfig, world_size: int) -> None:
     """ValueError naming the setting if the numbers cannot work together."""
+    check_kinds(config)
     counts = ("epochs", "prompts_per_epoch", "num_steps", "sample_batch_size", "train_batch_size", "teacher_steps")
     counts += ("anchor_pictures", "surrogate_batch", "generator_batch", "eval_every", "save_every", "pretraining_updates")
     for name in counts:

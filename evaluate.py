@@ -23,15 +23,15 @@ from tqdm import tqdm
 from config import setting
 from plumbing import checkpoint, processes, report
 from plumbing.errors import one_line_errors
-from plumbing.flags import Parser, check_typed
+from plumbing.flags import Parser, check_no_code, names_given
 from plumbing.pipeline import encode_prompts, pipeline_policy, sample_images
-from plumbing.processes import RANK, WORLD_SIZE, all_gather, say
+from plumbing.processes import RANK, WORLD_SIZE, all_gather, answer
 from plumbing.prompts import draw_prompts, load_prompts
-from plumbing.run import check_links, read_run
+from plumbing.record import check_links, read_run
 from plumbing.scores import Model, Results, claim, summary_lines
 from plumbing.trainable import open_model
 from rdp_loss import log_ratio, prediction_quality
-from rewards import Reward, RewardError, load_reward, parse_weighted
+from rewards import Reward, RewardError, load_reward, own_reward, parse_weighted
 from sampler import EVALUATION, Policy, log_prob_table, sample_trajectories
 
 
@@ -73,22 +73,25 @@ OF_THE_RUN = ("num_steps", "guidance_scale", "eta", "autocast", "tf32", "prompts
 MAY_CHANGE = {"batch_size", "prompts_dir", "reward_weights", "pictures", "models", "prompts", "runs", "checkpoints", "output_dir"}
 
 
-def parse(argv: list[str]) -> tuple[EvaluationConfig, list[Model]]:
+def parse(argv: list[str]) -> dict:
+    """The settings that a command line gives, and no others; ValueError for wrong ones."""
+    config = Parser(EvaluationConfig, prog="evaluate.py", allow_abbrev=False).parse_strictly(argv)
+    return {name: value for name, value in dataclasses.asdict(config).items() if name in names_given(argv)}
+
+
+def complete(given: dict) -> tuple[EvaluationConfig, list[Model]]:
     """Settings and models; what is not given comes from the run's config.json. ValueError naming what is missing or wrong."""
-    parser = Parser(EvaluationConfig, prog="evaluate.py", allow_abbrev=False)
-    (first, _) = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    trained = [read_run(Path(run)) for run in first.runs]
-    parser.set_defaults(**PROTOCOLS[first.protocol])
+    trained, protocol = [read_run(Path(run)) for run in given.get("runs", ())], given.get("protocol", "none")
+    usual = dict(PROTOCOLS[protocol])
     if trained:
-        parser.set_defaults(
-            rewards=[name for name, _ in parse_weighted(trained[0]["reward"])],
-            output_dir=str(Path(first.runs[0], "evaluation")),
-            **{name: trained[0][name] for name in OF_THE_RUN if name in trained[0]},
-        )
-        if first.protocol == "none":
-            parser.set_defaults(prompts=[trained[0]["eval_prompts"] or trained[0]["prompts"]])
-    config = parser.parse_strictly(argv)
-    check_typed(config.rewards, argv, "--rewards, or others there")
+        usual |= {name: trained[0][name] for name in OF_THE_RUN if name in trained[0]}
+        usual["rewards"] = [name for name, _ in parse_weighted(trained[0]["reward"])]
+        usual["output_dir"] = str(Path(given["runs"][0], "evaluation"))
+        if protocol == "none":
+            usual["prompts"] = [trained[0]["eval_prompts"] or trained[0]["prompts"]]
+    config = EvaluationConfig(**usual | given)
+    if "rewards" not in given:
+        check_no_code(config.rewards, "--rewards, or others there")
     if trained:
         config.prompts = [name.replace("TRAINED", trained[0]["prompts"]) for name in config.prompts]
     if len({settings["model"] for settings in trained}) > 1:
@@ -151,7 +154,9 @@ def score_set(
     pipe = opened()
     policy = policy_of(pipe, config)
     at_once = max(1, config.batch_size // B)  # prompts finished together
-    bar = tqdm(total=len(missing) * B, desc=f"{model}: {set_name}", unit="pictures", leave=False, disable=RANK > 0)
+    bar = tqdm(
+        total=len(missing) * B, desc=f"{model}: {set_name}", unit="pictures", leave=False, disable=True if RANK > 0 else None
+    )
     for first in range(0, len(missing), at_once):
         block = missing[first : first + at_once]
         rows = [(n, b) for n in block for b in range(B)]
@@ -229,32 +234,54 @@ def columns(config: EvaluationConfig, models: list[Model]) -> dict[str, dict[str
     return {name: {name: 1.0} for name in config.rewards} | total
 
 
+def evaluate(rewards: list[str] | dict[str, Reward] = (), prompts: list[str] | dict[str, list[str]] = (), **given) -> list[dict]:
+    """What the command does, by function -> results.json's rows. On several processes all call it.
+
+    rewards and prompts: their names, or your own by the names that they shall have; given: the other settings that are given.
+    ValueError for what cannot be, OSError and RewardError on the way; what is scored is kept then.
+    """
+    own_rewards, own_prompts = (dict(some) if isinstance(some, dict) else {} for some in (rewards, prompts))
+    given |= {name: list(some) for name, some in (("rewards", rewards), ("prompts", prompts)) if some}
+    config, models = complete(given)
+    device = processes.start(config.tf32)
+    sets = {name: own_prompts.get(name) or load_set(name, config) for name in config.prompts}
+    scorers = {
+        name: own_reward(name, own_rewards[name]) if name in own_rewards else load_reward(name, config.reward_weights, device)
+        for name in config.rewards
+    }
+    check_links(Path(config.output_dir))
+    results = Results(Path(config.output_dir))
+    fixed = {name: value for name, value in dataclasses.asdict(config).items() if name not in MAY_CHANGE}
+    processes.all_wait_for_first(lambda: claim(results, fixed, models))
+    processes.all_check_shared(results.output)
+    base = functools.cache(lambda: open_model(models[0].folder, models[0].folder, device))
+    for model in models:
+        opened = functools.cache(lambda model=model: open_model(model.folder, models[0].folder, device))
+        for set_name, some in sets.items():
+            processes.all_succeed(lambda: score_set(config, results, model.name, opened, set_name, some, scorers))
+            processes.all_wait_for_first(lambda: results.wait_for(model.name, set_name, some))
+            all_predict(config, results, model, opened, base, set_name, some)
+    rows: list[dict] = []
+
+    def conclude() -> None:
+        rows.extend(report.write(config, results, models, sets, columns(config, models), flags_of(given)))
+        answer("\n".join(summary_lines(rows, models)))
+
+    processes.all_wait_for_first(conclude)
+    answer(f"Look at {results.output / 'report.html'}; the numbers with errors are in table.md and results.json beside it.")
+    processes.stop()
+    return rows
+
+
+def flags_of(given: dict) -> list[str]:
+    """The command line that gives these settings."""
+    words = [(f"--{name}", *map(str, value if isinstance(value, list) else [value])) for name, value in given.items()]
+    return [word for some in words for word in some]
+
+
 def main(argv: list[str]) -> None:
     with one_line_errors(ValueError, OSError, RewardError):
-        config, models = parse(argv)
-        device = processes.start(config.tf32)
-        sets = {name: load_set(name, config) for name in config.prompts}
-        rewards = {name: load_reward(name, config.reward_weights, device) for name in config.rewards}
-        check_links(Path(config.output_dir))
-        results = Results(Path(config.output_dir))
-        fixed = {name: value for name, value in dataclasses.asdict(config).items() if name not in MAY_CHANGE}
-        processes.all_wait_for_first(lambda: claim(results, fixed, models))
-        processes.all_check_shared(results.output)
-        base = functools.cache(lambda: open_model(models[0].folder, models[0].folder, device))
-        for model in models:
-            opened = functools.cache(lambda model=model: open_model(model.folder, models[0].folder, device))
-            for set_name, prompts in sets.items():
-                processes.all_succeed(lambda: score_set(config, results, model.name, opened, set_name, prompts, rewards))
-                processes.all_wait_for_first(lambda: results.wait_for(model.name, set_name, prompts))
-                all_predict(config, results, model, opened, base, set_name, prompts)
-
-        def conclude() -> None:
-            rows = report.write(config, results, models, sets, columns(config, models), argv)
-            say("\n".join(summary_lines(rows, models)))
-
-        processes.all_wait_for_first(conclude)
-    say(f"Look at {results.output / 'report.html'}; the numbers with errors are in table.md and results.json beside it.")
-    processes.stop()
+        evaluate(**parse(argv))
 
 
 if __name__ == "__main__":

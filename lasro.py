@@ -16,6 +16,7 @@ Letters: M pictures of one process, T steps of the generator, N prompts of an ep
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -29,16 +30,16 @@ from plumbing.describe import describe_lasro
 from plumbing.errors import one_line_errors
 from plumbing.flags import go_on, parse
 from plumbing.pipeline import GuidedUNet, count_truncated, encode_prompts, score
-from plumbing.processes import RANK, WORLD_SIZE, Share, all_gather, all_or_none, all_sum_gradients, say
+from plumbing.processes import RANK, WORLD_SIZE, Share, all_gather, all_or_none, all_sum_gradients
 from plumbing.prompts import draw_prompts
 from plumbing.replay import Replay
 from plumbing.run import Run
 from plumbing.surrogate import record, surrogate_of, surrogate_scores
-from plumbing.trainable import add_adapters, save_result, trained_parameters
+from plumbing.trainable import add_adapters, trained_parameters
 from rdp_loss import mean_over_pairs, pairwise_differences
 from rewards import Reward, RewardError
 from sampler import Condition, Policy, draw_noise, gaussian
-from train import load
+from train import load, with_names
 
 
 def levels(values: Tensor, i: Tensor, like: Tensor) -> Tensor:
@@ -217,33 +218,35 @@ def finetune(config: LasroConfig, run: Run, pipe, policy: Policy, critic: Guided
 # fmt: on
 
 
+def train(config: LasroConfig, **own) -> Path:
+    """What the command does, by function -> the run folder; own: as of train.train."""
+    config = go_on(with_names(config, **own))
+    check_lasro(config, WORLD_SIZE)
+    prompts, eval_prompts, reward, pipe = load(config, processes.start(config.tf32, config.deterministic), LASRO_PRESETS, **own)
+    policy, one_step = (few_step_policy(pipe, steps, config) for steps in (config.num_steps, 1))
+    torch.manual_seed(config.seed)  # of the surrogate's head, and of adapters
+    critic = dataclasses.replace(policy.denoise, unet=surrogate_of(pipe.unet, config.num_steps), guidance_scale=1.0)
+    add_adapters(pipe, config.lora_rank) if config.lora_rank else pipe.unet.requires_grad_(True)
+    for unet in (pipe.unet, critic.unet) if config.gradient_checkpointing else ():
+        unet.enable_gradient_checkpointing()
+    trained = trained_parameters(pipe)
+    groups = [{"params": list(trained.values())}, {"params": critic.unet.parameters(), "lr": config.surrogate_learning_rate}]
+    optimizer = torch.optim.AdamW(groups, config.learning_rate, weight_decay=config.weight_decay, fused=True)
+    target = AveragedModel(pipe.unet, multi_avg_fn=get_ema_multi_avg_fn(config.target_decay)).requires_grad_(False)
+    normaliser = Normaliser(config.num_steps, config.normaliser_decay)
+    replay = Replay(config.replay_size, (config.images_per_prompt, config.num_steps, *policy.latent_shape))
+    remembers = {"surrogate": critic.unet, "target": target, "normaliser": normaliser, "replay": replay}
+    run = Run(config, pipe, policy, trained, optimizer, remembers, eval_prompts, reward, {"eval_reward_one_step": one_step})
+    anchor = load_anchor(config, pipe, target, prompts)
+    run.tell(describe_lasro(config, prompts, count_truncated(pipe, prompts), trained, critic.unet))
+    with run.saved_when_stopped():
+        finetune(config, run, pipe, policy, critic, anchor, normaliser, replay, optimizer, prompts, reward)
+    return run.all_conclude(consistency_scheduler(pipe, config.num_steps))
+
+
 def main(argv: list[str]) -> None:
-    with one_line_errors(ValueError, OSError):
-        config = go_on(parse(argv, LasroConfig, LASRO_PRESETS, "lasro.py", "Finetuning by LaSRO."))
-        check_lasro(config, WORLD_SIZE)
-        prompts, eval_prompts, reward, pipe = load(config, processes.start(config.tf32, config.deterministic), LASRO_PRESETS)
-        policy, one_step = (few_step_policy(pipe, steps, config) for steps in (config.num_steps, 1))
-        torch.manual_seed(config.seed)  # of the surrogate's head, and of adapters
-        critic = dataclasses.replace(policy.denoise, unet=surrogate_of(pipe.unet, config.num_steps), guidance_scale=1.0)
-        add_adapters(pipe, config.lora_rank) if config.lora_rank else pipe.unet.requires_grad_(True)
-        for unet in (pipe.unet, critic.unet) if config.gradient_checkpointing else ():
-            unet.enable_gradient_checkpointing()
-        trained = trained_parameters(pipe)
-        groups = [{"params": list(trained.values())}, {"params": critic.unet.parameters(), "lr": config.surrogate_learning_rate}]
-        optimizer = torch.optim.AdamW(groups, config.learning_rate, weight_decay=config.weight_decay, fused=True)
-        target = AveragedModel(pipe.unet, multi_avg_fn=get_ema_multi_avg_fn(config.target_decay)).requires_grad_(False)
-        normaliser = Normaliser(config.num_steps, config.normaliser_decay)
-        replay = Replay(config.replay_size, (config.images_per_prompt, config.num_steps, *policy.latent_shape))
-        remembers = {"surrogate": critic.unet, "target": target, "normaliser": normaliser, "replay": replay}
-        run = Run(config, pipe, policy, trained, optimizer, remembers, eval_prompts, reward, {"eval_reward_one_step": one_step})
-        anchor = load_anchor(config, pipe, target, prompts)
-        say(describe_lasro(config, prompts, count_truncated(pipe, prompts), trained, critic.unet))
-    with one_line_errors(OSError, ValueError, RewardError, FloatingPointError):
-        with run.saved_when_stopped():
-            finetune(config, run, pipe, policy, critic, anchor, normaliser, replay, optimizer, prompts, reward)
-        processes.all_wait_for_first(lambda: save_result(pipe, consistency_scheduler(pipe, config.num_steps), run.folder))
-    say(f"the finetuned pipeline is in {run.folder / 'pipeline'}, the curve in {run.folder / 'reward.png'}")
-    processes.stop()
+    with one_line_errors(ValueError, OSError, RewardError, FloatingPointError):
+        train(parse(argv, LasroConfig, LASRO_PRESETS, "lasro.py", "Finetuning by LaSRO."))
 
 
 if __name__ == "__main__":

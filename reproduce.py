@@ -26,10 +26,10 @@ from plumbing.errors import one_line_errors
 from plumbing.figures import TARGETS, Target
 from plumbing.flags import OneLineParser, go_on, parse
 from plumbing.jobs import Job, file_name, work_off
-from plumbing.processes import say
+from plumbing.processes import answer, say
 from plumbing.prompts import load_prompts
 from plumbing.provenance import provenance
-from plumbing.run import read_metrics, read_run
+from plumbing.record import read_metrics, read_run
 from plumbing.scores import Results
 
 SEARCH_SEED = 100
@@ -309,7 +309,7 @@ def reproduce(names: list[str], options) -> None:
         target.draw(target.panels, json.loads(path.read_text()), path.with_suffix(".png"))
         if target.pictures:
             draw_pictures(target, options.results / f"{name}-pictures.png", options)
-        say(f"{target.title}: {path} and {path.with_suffix('.png')}")
+        answer(f"{target.title}: {path} and {path.with_suffix('.png')}")
 
 
 @contextmanager

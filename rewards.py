@@ -70,7 +70,12 @@ def load_function(name: str) -> Reward:
         raise ValueError(f"reward {name!r}: {type(error).__name__}: {error}") from error
     if not callable(reward):
         raise ValueError(f"reward {name!r} is not a function (images, prompts) -> scores")
-    return lambda images, prompts: reward(images.cpu(), prompts)
+    return reward
+
+
+def own_reward(name: str, reward: Reward) -> Reward:
+    """A function of the user's own: it gets its pictures on the CPU, and is checked at every call."""
+    return checked(name, lambda images, prompts: reward(images.cpu(), prompts))
 
 
 def known_rewards() -> str:
@@ -88,7 +93,7 @@ def load_reward(name: str, weights: list[str] = (), device: torch.device = CPU, 
     if name in reward_models.LOADERS:
         return checked(name, reward_models.LOADERS[name](local, device, dtype))
     if ":" in name:
-        return checked(name, load_function(name))
+        return own_reward(name, load_function(name))
     raise ValueError(f"unknown reward {name!r}: {known_rewards()}")
 
 

@@ -5,11 +5,15 @@
     python train.py --preset toy                                              # again: goes on, on a CPU bit by bit
     python train.py --help                                                    # every setting
 
+From Python the same is train(preset("toy", epochs=10)), also with a reward and prompts of your own (docs/python.md).
+
 A run folder holds config.json, metrics.jsonl (docs/metrics.md), reward.png, samples/, checkpoints/ and, at the end,
 pipeline/, which opens with plain StableDiffusionPipeline.from_pretrained.
 """
 
+import dataclasses
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
@@ -24,18 +28,18 @@ from plumbing.describe import describe
 from plumbing.errors import one_line_errors
 from plumbing.flags import go_on, parse
 from plumbing.pipeline import count_truncated, encode_prompts, load_pipeline, pipeline_policy, pooled, scheduler_at, score
-from plumbing.processes import WORLD_SIZE, Share, all_or_none, all_sum_gradients, say
+from plumbing.processes import WORLD_SIZE, Share, all_or_none, all_sum_gradients
 from plumbing.prompts import draw_prompts, load_prompts
 from plumbing.run import Run
-from plumbing.trainable import Reference, make_trainable, reference_mean, save_result, trained_parameters
+from plumbing.trainable import Reference, make_trainable, reference_mean, trained_parameters
 from rdp_loss import prdp_loss, spread_over_steps
-from rewards import Reward, RewardError, load_rewards
+from rewards import Reward, RewardError, load_rewards, own_reward
 from sampler import Policy, backward_through_table, log_prob_table, sample_trajectories
 
 
 # fmt: off
-def train(config: Config, run: Run, pipe, policy: Policy, reference: Reference, optimizer, prompts: list[str], reward: Reward,
-          comparator: Comparator | None) -> None:
+def algorithm_1(config: Config, run: Run, pipe, policy: Policy, reference: Reference, optimizer, prompts: list[str],
+                reward: Reward, comparator: Comparator | None) -> None:
     """Algorithm 1. Numbers at the right are its steps in words (README, "The algorithm").
 
     Each process draws, scores and differentiates its share of the N * B trajectories; the (N, B, S) tables are of all.
@@ -97,18 +101,73 @@ def train(config: Config, run: Run, pipe, policy: Policy, reference: Reference, 
 # fmt: on
 
 
+def train(
+    config: Config, *, reward: Reward | None = None, prompts: list[str] | None = None, eval_prompts: list[str] | None = None
+) -> Path:
+    """What the command does, by function -> the run folder, all of whose files are written. On several processes all call it.
+
+    reward, prompts, eval_prompts: your own, instead of those that config names; their names in the record are then of these.
+    ValueError for what cannot be, OSError, RewardError and FloatingPointError on the way; completed epochs are saved then.
+    """
+    own = {"reward": reward, "prompts": prompts, "eval_prompts": eval_prompts}
+    config = go_on(with_names(config, **own))
+    check(config, WORLD_SIZE)
+    prompts, eval_prompts, reward, pipe = load(config, processes.start(config.tf32, config.deterministic), **own)
+    policy = pipeline_policy(
+        pipe, config.num_steps, guidance_scale=config.guidance_scale, eta=config.eta,
+        log_prob_reduction=config.log_prob_reduction, autocast=config.autocast,
+    )  # fmt: skip
+    if not policy.schedule.noisy.numel():
+        raise ValueError(f"num_steps={config.num_steps}: no step of this model has noise, so there is no log-prob to train")
+    reference = make_trainable(pipe, config)  # Algorithm 1, step 1: theta <- ref
+    trained = trained_parameters(pipe)
+    optimizer = torch.optim.AdamW(trained.values(), config.learning_rate, weight_decay=config.weight_decay, fused=True)
+    comparator = comparators.chosen(
+        config, policy, text_width=pipe.unet.config.cross_attention_dim, text_of=pooled,
+        mu_ref=reference_mean(policy, reference), all_sum_gradients=all_sum_gradients,
+    )  # fmt: skip
+    config = fit_batches(config, pipe, policy, reference, list(trained.values()))
+    run = Run(config, pipe, policy, trained, optimizer, comparator.remembers if comparator else {}, eval_prompts, reward)
+    run.tell(describe(config, policy, prompts, count_truncated(pipe, prompts), trained))
+    with run.saved_when_stopped():
+        algorithm_1(config, run, pipe, policy, reference, optimizer, prompts, reward, comparator)
+    return run.all_conclude(scheduler_at(pipe.scheduler, config.num_steps))
+
+
+def with_names(
+    config: Common, reward: Reward | None = None, prompts: list[str] | None = None, eval_prompts: list[str] | None = None
+) -> Common:
+    """The settings with names, for the record, of the user's own reward and prompts, where there are any. ValueError for none."""
+    if prompts is not None and not prompts:
+        raise ValueError("prompts is an empty list: give at least one, or leave it out")
+    own = {"prompts": prompts, "eval_prompts": eval_prompts}
+    names = {name: f"{len(some)} of the user's own" if some else "" for name, some in own.items() if some is not None}
+    if reward is not None:
+        names["reward"] = [getattr(reward, "__name__", type(reward).__name__)]
+    return dataclasses.replace(config, **names)
+
+
 def load(
-    config: Common, device: torch.device, presets: dict[str, dict] = PRESETS
-) -> tuple[list[str], list[str], Reward, DiffusionPipeline]:
-    """Prompts, evaluation prompts, reward and pipeline; ValueError saying what is missing and what would need no download."""
+    config: Common, device: torch.device, presets: dict[str, dict] = PRESETS, reward: Reward | None = None,
+    prompts: list[str] | None = None, eval_prompts: list[str] | None = None,
+) -> tuple[list[str], list[str], Reward, DiffusionPipeline]:  # fmt: skip
+    """Prompts, evaluation prompts, reward and pipeline, those that config names where they are not given.
+
+    ValueError saying what is missing and what would need no download.
+    """
     usual, laptop = type(config)(**presets[config.preset]).model, next(name for name in presets if name.startswith("toy"))
     try:
         if device.type == "cpu" and config.model == usual and config.preset != laptop:
             needed = "for which a CUDA GPU is missing (one for every process)"
             raise ValueError(f"preset {config.preset} finetunes {config.model}, {needed}")
-        prompts = load_prompts(config.prompts, config.prompts_dir)
-        eval_prompts = load_prompts(config.eval_prompts, config.prompts_dir) if config.eval_prompts else []
-        reward = load_rewards(config.reward, config.reward_weights, device, DTYPES[config.reward_dtype])
+        if prompts is None:
+            prompts = load_prompts(config.prompts, config.prompts_dir)
+        if eval_prompts is None:
+            eval_prompts = load_prompts(config.eval_prompts, config.prompts_dir) if config.eval_prompts else []
+        if reward is None:
+            reward = load_rewards(config.reward, config.reward_weights, device, DTYPES[config.reward_dtype])
+        else:
+            reward = own_reward(config.reward[0], reward)
         return prompts, eval_prompts, reward, load_pipeline(config.model, device)
     except ValueError as error:
         if config.preset == laptop:
@@ -117,33 +176,8 @@ def load(
 
 
 def main(argv: list[str]) -> None:
-    with one_line_errors(ValueError, OSError):
-        config = go_on(parse(argv))
-        check(config, WORLD_SIZE)
-        prompts, eval_prompts, reward, pipe = load(config, processes.start(config.tf32, config.deterministic))
-        policy = pipeline_policy(
-            pipe, config.num_steps, guidance_scale=config.guidance_scale, eta=config.eta,
-            log_prob_reduction=config.log_prob_reduction, autocast=config.autocast,
-        )  # fmt: skip
-        if not policy.schedule.noisy.numel():
-            raise ValueError(f"num_steps={config.num_steps}: no step of this model has noise, so there is no log-prob to train")
-        reference = make_trainable(pipe, config)  # Algorithm 1, step 1: theta <- ref
-        trained = trained_parameters(pipe)
-        optimizer = torch.optim.AdamW(trained.values(), config.learning_rate, weight_decay=config.weight_decay, fused=True)
-        comparator = comparators.chosen(
-            config, policy, text_width=pipe.unet.config.cross_attention_dim, text_of=pooled,
-            mu_ref=reference_mean(policy, reference), all_sum_gradients=all_sum_gradients,
-        )  # fmt: skip
-        config = fit_batches(config, pipe, policy, reference, list(trained.values()))
-        run = Run(config, pipe, policy, trained, optimizer, comparator.remembers if comparator else {}, eval_prompts, reward)
-        say(describe(config, policy, prompts, count_truncated(pipe, prompts), trained))
-    with one_line_errors(OSError, ValueError, RewardError, FloatingPointError):
-        with run.saved_when_stopped():
-            train(config, run, pipe, policy, reference, optimizer, prompts, reward, comparator)
-        scheduler = scheduler_at(pipe.scheduler, config.num_steps)
-        processes.all_wait_for_first(lambda: save_result(pipe, scheduler, run.folder))
-    say(f"the finetuned pipeline is in {run.folder / 'pipeline'}, the curve in {run.folder / 'reward.png'}")
-    processes.stop()
+    with one_line_errors(ValueError, OSError, RewardError, FloatingPointError):
+        train(parse(argv))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from plumbing import checkpoint
 from plumbing.errors import last_words, one_line_errors
 from plumbing.jobs import file_name
 from plumbing.provenance import provenance
-from plumbing.run import read_metrics
+from plumbing.record import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 TRL = "trl==0.23.1"

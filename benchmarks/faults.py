@@ -25,7 +25,7 @@ from plumbing.errors import last_words, one_line_errors
 from plumbing.flags import OneLineParser
 from plumbing.jobs import file_name
 from plumbing.provenance import provenance
-from plumbing.run import read_metrics
+from plumbing.record import read_metrics
 
 COMMON = "--prompts toy-small --eval_prompts toy-small --prompts_per_epoch 2 --epochs 6 --eval_every 1 --save_every 1"
 SCENES = {

@@ -32,7 +32,7 @@ from plumbing.flags import parse
 from plumbing.jobs import file_name
 from plumbing.pipeline import encode_prompts, load_pipeline, pipeline_policy
 from plumbing.provenance import provenance
-from plumbing.run import read_metrics
+from plumbing.record import read_metrics
 from sampler import sample_trajectories
 
 ROOT = Path(__file__).resolve().parent.parent

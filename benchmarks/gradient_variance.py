@@ -24,7 +24,7 @@ from plumbing import processes
 from plumbing.errors import one_line_errors
 from plumbing.flags import parse
 from plumbing.pipeline import encode_prompts, load_pipeline, pipeline_policy, pooled, score
-from plumbing.processes import Share, say
+from plumbing.processes import Share, answer
 from plumbing.prompts import draw_prompts, load_prompts
 from plumbing.provenance import provenance
 from plumbing.trainable import make_trainable, trained_parameters
@@ -145,7 +145,7 @@ def main(argv: list[str]) -> None:
         for name, row in rows.items():
             cosine = f"{row['cosine']:+.4f} ± {row['standard_error']:.4f}"
             above = f"{row['above_prdp']:+.4f} ± {row['above_prdp_standard_error']:.4f}"
-            say(f"{name:32} cosine {cosine}, above PRDP's {above}, variance / squared mean {row['relative_variance']:.0f}")
+            answer(f"{name:32} cosine {cosine}, above PRDP's {above}, variance / squared mean {row['relative_variance']:.0f}")
 
 
 if __name__ == "__main__":

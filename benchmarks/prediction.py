@@ -23,7 +23,7 @@ from plumbing.errors import one_line_errors
 from plumbing.pipeline import encode_prompts, load_pipeline, pipeline_policy, score
 from plumbing.prompts import draw_prompts, load_prompts
 from plumbing.provenance import provenance
-from plumbing.run import read_metrics, read_run
+from plumbing.record import read_metrics, read_run
 from plumbing.trainable import open_model
 from rdp_loss import log_ratio, prediction_quality
 from rewards import Reward, load_rewards

@@ -33,7 +33,7 @@ from plumbing.errors import last_words, one_line_errors
 from plumbing.flags import parse
 from plumbing.pipeline import encode_prompts, load_pipeline, noise_schedule, pipeline_policy, scheduler_at
 from plumbing.provenance import provenance
-from plumbing.run import read_metrics
+from plumbing.record import read_metrics
 
 EPOCHS, WARM = 4, 2
 

@@ -48,8 +48,8 @@ class Epoch:
 class Update:
     """One gradient update: the entries of the (N, B, S) table it is over, and its loss as a function of that table.
 
-    The loss reads no other entries, which train() asserts. A further term of it may be kl_weight times the sum over these entries
-    of a divergence from the reference, kl(x_t, i, cond, mu, sigma) -> (M,), of single steps.
+    The loss reads no other entries, which algorithm_1() asserts. A further term of it may be kl_weight times the sum over these
+    entries of a divergence from the reference, kl(x_t, i, cond, mu, sigma) -> (M,), of single steps.
     """
 
     entries: Tensor  # (N, B, S), bool

@@ -90,5 +90,6 @@ def fit_batches(config: Config, pipe, policy: Policy, reference: Reference, trai
         return sizes
 
     sizes = [min(of_all) for of_all in zip(*all_succeed(found), strict=True)]
-    say("auto: " + ", ".join(f"--{name}_batch_size {size}" for name, size in zip(wanted, sizes, strict=True)))
+    if not config.quiet:
+        say("auto: " + ", ".join(f"--{name}_batch_size {size}" for name, size in zip(wanted, sizes, strict=True)))
     return dataclasses.replace(config, **{f"{name}_batch_size": size for name, size in zip(wanted, sizes, strict=True)})

@@ -5,6 +5,7 @@ import math
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from config import Config, LasroConfig
 from plumbing.processes import WORLD_SIZE
@@ -58,6 +59,14 @@ def cut_off(number: int, truncated: int) -> list[str]:
     return [f"{truncated} of {number} prompts are longer than the text encoder reads; it sees their beginning only"]
 
 
+def describe_epoch(line: dict, epochs: int, left: float) -> str:
+    """An epoch's line of progress, from its line of the record; left: seconds."""
+    numbers = [("reward", line["reward_mean"], ""), ("held out", line["eval_reward"], ""), ("KL", line.get("kl_nats"), " nats")]
+    parts = [f"{name} {value:.4g}{unit}" for name, value, unit in numbers if value is not None]
+    parts += [f"{sum(line['seconds'].values()):.3g} s", f"{tqdm.format_interval(left)} left"]
+    return f"epoch {line['epoch']} of {epochs}: {', '.join(parts)}"
+
+
 def rounding(policy: Policy, trajectories: Trajectories, batch_size: int) -> Tensor:
     """How far log-ratios at unchanged weights are from zero -> largest deviation of each step (S,), in the unit of log-probs.
 
@@ -73,15 +82,19 @@ def rounding(policy: Policy, trajectories: Trajectories, batch_size: int) -> Ten
 
 
 def describe_rounding(config: Config, deviation: Tensor) -> str:
-    """The (S,) deviation of log-ratios that should be zero, in units of the clip range, with a warning where it drowns it."""
+    """The (S,) deviation of log-ratios that should be zero, in units of the clip range."""
     in_clips = deviation / config.clip_range
-    lines = [
+    return (
         f"rounding: log-ratios at unchanged weights are up to {deviation.max():.2g} = {in_clips.max():.2g} clip ranges off; "
         f"by step, in clip ranges: {' '.join(f'{value:.2g}' for value in in_clips)}"
-    ]
-    if in_clips.max() > 1 and config.updates_per_epoch > 1:
-        lines.append(
-            f"warning: clip_range {config.clip_range:g} drowns in rounding, so the clip acts on noise as well: "
-            "use a higher precision (--autocast no, --tf32 False) or a larger --clip_range"
-        )
-    return "\n".join(lines)
+    )
+
+
+def warn_of_rounding(config: Config, deviation: Tensor) -> str:
+    """The warning where it drowns the clip, else nothing."""
+    if deviation.max() <= config.clip_range or config.updates_per_epoch == 1:
+        return ""
+    return (
+        f"warning: clip_range {config.clip_range:g} drowns in rounding, so the clip acts on noise as well: "
+        "use a higher precision (--autocast no, --tf32 False) or a larger --clip_range"
+    )

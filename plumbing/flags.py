@@ -10,7 +10,7 @@ from transformers import HfArgumentParser
 
 from config import AUTO, MAY_CHANGE_ON_RESUME, PRESETS, Config
 from plumbing import checkpoint
-from plumbing.run import check_links, read_run
+from plumbing.record import check_links, read_run
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -60,20 +60,20 @@ def parse(
     config = parser.parse_strictly(argv)
     if given.resume:
         check_unchanged(config, saved, f"cannot resume {given.resume}")
-        check_typed(config.reward, argv, f"--reward, since {given.resume} was begun with it")
+        if "reward" not in names_given(argv):
+            check_no_code(config.reward, f"--reward, since {given.resume} was begun with it")
     return config
 
 
-def check_typed(rewards: list[str], argv: list[str], how: str) -> None:
-    """ValueError for a reward module:function that is in a run folder but not on the command line: it would run its code."""
-    typed, option = set(), ""
-    for word in argv:
-        if word.startswith("--"):
-            option, _, word = word.partition("=")
-        if option in ("--reward", "--rewards"):
-            typed.add(word)
+def names_given(argv: list[str]) -> set[str]:
+    """Of a command line the settings that it gives."""
+    return {word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
+
+
+def check_no_code(rewards: list[str], how: str) -> None:
+    """ValueError for a reward module:function, of rewards that only a run folder names: it would run its code."""
     for name in rewards:
-        if ":" in name and name not in typed:
+        if ":" in name:
             raise ValueError(f"the reward {name} is code, which is run only if it is typed: give it by {how}")
 
 

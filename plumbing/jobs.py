@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from plumbing.run import read_metrics
+from plumbing.record import read_metrics
 
 
 @dataclass

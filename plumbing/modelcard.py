@@ -9,8 +9,8 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 import miniature
+from plumbing.record import read_metrics, read_run
 from plumbing.reward_models import SOURCES
-from plumbing.run import read_metrics, read_run
 
 PAPERS = {
     "prdp": ("PRDP", "2402.08714"), "ddpo": ("DDPO", "2305.13301"), "dpok": ("DPOK", "2305.16381"),
@@ -51,7 +51,7 @@ def write(run: Path, folder: Path) -> None:
         base_licence=LICENCES.get(base), settings={name: settings[name] for name in SETTINGS if name in settings},
         rewards=rewards_of(settings), prompts=settings["prompts"], eval_prompts=settings["eval_prompts"],
         evaluated=evaluated, shown=list(shown), kl=lines[-1].get("kl_nats"), steps=settings["num_steps"],
-        guidance=settings["guidance_scale"],
+        guidance=settings["guidance_scale"], place=settings.get("push_to_hub") or "FOLDER OR HUB ID OF THIS",
     )  # fmt: skip
     card.save(folder / "README.md")
 

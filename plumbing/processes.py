@@ -99,18 +99,20 @@ def of_this_attempt(store: dist.Store) -> dist.Store:
 
 
 def run_script(main: Callable[[list[str]], None]) -> None:
-    """Runs main(arguments) and, where processes have been joined, ends this one with its exit code and nothing more.
+    """Runs main(arguments); exit code 130 or 143 after Ctrl-C or SIGTERM.
 
-    On the ordinary way out of a process whose peers are gone the libraries' threads abort it now and then, with another code.
+    Where processes have been joined, this one ends at once with its exit code: on the ordinary way out of a process whose peers
+    are gone the libraries' threads abort it now and then, with another code.
     """
     try:
         main(sys.argv[1:])
-    except SystemExit as stopped:
+    except (SystemExit, KeyboardInterrupt) as stopped:
+        code = stopped.code if isinstance(stopped, SystemExit) else 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
         if dist.is_initialized():
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(stopped.code)
-        raise
+            os._exit(code)
+        sys.exit(code)
 
 
 def stop() -> None:
@@ -292,14 +294,23 @@ def all_sum(tensors: list[Tensor]) -> None:
 
 
 def say(message: str) -> None:
-    """Prints once, whatever the number of processes."""
+    """News, on stderr, once, whatever the number of processes."""
+    if RANK == 0 and message:
+        tqdm.write(message, file=sys.stderr)  # above the progress bar, if there is one
+
+
+def answer(message: str) -> None:
+    """What a command was asked for, on stdout, once."""
     if RANK == 0:
-        tqdm.write(message)  # above the progress bar, if there is one
+        print(message)
 
 
 @contextmanager
 def handled_by(handler) -> Iterator[None]:
-    """Ctrl-C and SIGTERM, which schedulers send, go to this handler in the block."""
+    """Ctrl-C and SIGTERM, which schedulers send, go to this handler in the block; not in a thread, which gets no signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     usual = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

@@ -17,7 +17,7 @@ from PIL import Image
 
 from plumbing import plots
 from plumbing.provenance import provenance
-from plumbing.run import read_metrics
+from plumbing.record import read_metrics
 from plumbing.scores import Model, Results, gain_text, markdown_table, mean_text, summarise
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")

@@ -8,25 +8,26 @@ What train.py calls here says nothing of the method; the method's page is there.
 import dataclasses
 import json
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+from diffusers import DDIMScheduler, LCMScheduler
 from torch import Tensor
-from tqdm import tqdm
 
 from config import Config
-from plumbing import checkpoint, plots, processes
-from plumbing.describe import describe_rounding, rounding
+from plumbing import checkpoint, hub, plots, processes
+from plumbing.describe import describe_epoch, describe_rounding, rounding, warn_of_rounding
 from plumbing.errors import complain
 from plumbing.pipeline import sample_images
-from plumbing.processes import RANK, WORLD_SIZE, all_gather, all_wait_for_first, say
+from plumbing.processes import RANK, WORLD_SIZE, all_gather, all_wait_for_first, answer, say
+from plumbing.record import read_metrics
 from plumbing.reward_models import Reward
 from plumbing.scores import mean_and_error
 from plumbing.trackers import Watch
+from plumbing.trainable import save_result
 from rdp_loss import log_ratio, prediction_quality
 from sampler import EVALUATION, Policy, Trajectories
 
@@ -85,10 +86,12 @@ class Run:
             checkpoint.clear_unfinished(self.folder)
             if not self.config.resume and (self.folder / "metrics.jsonl").exists():
                 say(f"{self.folder} holds no checkpoint yet: its run begins again")
-            say(checkpoint.check_room(self.folder, checkpoint.size_of(self.parameters, self.states)))
+            self.tell(checkpoint.check_room(self.folder, checkpoint.size_of(self.parameters, self.states)))
             unfinished = self.folder / "config.json.unfinished"
             unfinished.write_text(json.dumps(dataclasses.asdict(self.config), indent=1))
             unfinished.replace(self.folder / "config.json")
+            if self.config.push_to_hub:
+                hub.check(self.config.push_to_hub)
             self.watch = Watch(self.config, self.folder, self.completed)
 
         all_wait_for_first(prepare)
@@ -106,12 +109,19 @@ class Run:
             self.lap = Stopwatch()
             if self.all_evaluate_if_due():  # what was stopped in it
                 self.log()
-        every = range(self.completed, self.config.epochs)
-        for epoch in tqdm(every, "epochs", initial=self.completed, total=self.config.epochs, disable=RANK > 0):
+        begun, before = time.monotonic(), self.completed
+        for epoch in range(self.completed, self.config.epochs):
             self.lap, self.rounding, self.drift = Stopwatch(), None, None
             yield epoch
             self.all_evaluate_if_due()
             self.log()
+            an_epoch = (time.monotonic() - begun) / (self.completed - before)
+            self.tell(describe_epoch(self.metrics[-1], self.config.epochs, an_epoch * (self.config.epochs - self.completed)))
+
+    def tell(self, news: str) -> None:
+        """What nobody need know, once and unless --quiet."""
+        if not self.config.quiet:
+            say(news)
 
     def log(self) -> None:
         """The newest line of the record, for whoever watches the run."""
@@ -253,7 +263,17 @@ class Run:
         four = Trajectories(mine.cond[:4], mine.latents[:4], mine.log_probs[:4])
         deviation = rounding(self.policy, four, self.config.log_prob_batch_size)
         self.rounding = deviation.tolist()
-        say(describe_rounding(self.config, deviation))
+        self.tell(describe_rounding(self.config, deviation))
+        say(warn_of_rounding(self.config, deviation))
+
+    def all_conclude(self, scheduler: DDIMScheduler | LCMScheduler) -> Path:
+        """The end of a run: its result is saved with this scheduler, and published where that was asked for -> the run folder."""
+        all_wait_for_first(lambda: save_result(self.pipe, scheduler, self.folder))
+        answer(f"the finetuned pipeline is in {self.folder / 'pipeline'}, the curve in {self.folder / 'reward.png'}")
+        if self.config.push_to_hub:
+            all_wait_for_first(lambda: answer(f"it is published at {hub.publish(self.folder, self.config.push_to_hub)}"))
+        processes.stop()
+        return self.folder
 
     def save(self) -> None:
         self.saved_at = time.monotonic()
@@ -270,14 +290,14 @@ class Run:
     def saved_when_stopped(self) -> Iterator[None]:
         """Around the epochs: Ctrl-C, SIGTERM, and errors that leave the weights as an epoch has left them, save these first.
 
-        Exit code 130 or 143 after the two.
+        The two are a KeyboardInterrupt, with the signal's number.
         """
         with processes.handled_by(processes.interrupt):
             try:
                 yield
-            except KeyboardInterrupt as stopped:
+            except KeyboardInterrupt:
                 self.save_what_is_whole()
-                sys.exit(128 + (stopped.args[0] if stopped.args else signal.SIGINT))
+                raise
             except Exception as error:
                 if not self.in_updates and not isinstance(error, ConnectionError) and not hasattr(error, "shared"):
                     with suppress(Exception):
@@ -312,28 +332,6 @@ def kl_samples(log_ratio: Tensor) -> Tensor:
     """
     known = ~log_ratio.isnan()
     return log_ratio.sum(-1).flatten() if known.all() else log_ratio[known] * log_ratio.shape[-1]
-
-
-def check_links(run: Path) -> None:
-    """ValueError if something in a run folder leads out of it: what is written there would land elsewhere."""
-    for path in run.rglob("*"):
-        of_wandb = run / "wandb" in path.parents  # which keeps its logs elsewhere
-        if path.is_symlink() and not of_wandb and not path.resolve().is_relative_to(run.resolve()):
-            raise ValueError(f"{path} is a link out of the run folder, to {path.readlink()}: remove it")
-
-
-def read_run(run: Path) -> dict:
-    """The settings of a run; ValueError if the folder is none, or leads elsewhere."""
-    check_links(run)
-    try:
-        settings = json.loads((run / "config.json").read_text())
-        return settings | {name: settings[name] for name in ("model", "reward", "prompts", "eval_prompts")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{run} is no run folder of train.py: {error}") from error
-
-
-def read_metrics(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 class Stopwatch:

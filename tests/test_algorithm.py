@@ -1,4 +1,4 @@
-"""The composition: train() against Algorithm 1 as a naive loop with one graph through everything, in fp64 with plain SGD."""
+"""The composition: algorithm_1() against the paper's as a naive loop, one graph through everything, in fp64 with plain SGD."""
 
 import copy
 import functools
@@ -125,7 +125,7 @@ def test_train_is_algorithm_1(tmp_path):
     trained = trained_parameters(pipe)
     optimizer = torch.optim.SGD(trained.values(), LR)
     run = Run(config, pipe, policy, trained, optimizer, {}, [], redness)
-    train.train(config, run, pipe, policy, reference, optimizer, PROMPTS, redness, None)
+    train.algorithm_1(config, run, pipe, policy, reference, optimizer, PROMPTS, redness, None)
     for name, parameter in pipe.unet.named_parameters():
         moved = (expected[name] - start[name]).abs().max().item()
         torch.testing.assert_close(parameter.detach(), expected[name], rtol=0, atol=1e-6 * moved + 1e-12, msg=name)

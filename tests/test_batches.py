@@ -93,7 +93,7 @@ def test_every_pass_is_tried_beside_what_the_run_holds(more, model_folder, monke
     assert held[2 * len(trained)] == (1 if "--latents_on_cpu" in more else 2 * 6) * (T + 1) * D
     assert held[2 * len(trained) + 1] == 3 * 1 * (T + 1) * D  # of sampling one picture
     assert dataclasses.replace(found, **dict.fromkeys(SIZES, 0)) == config
-    assert "auto: --sample_batch_size 2, --log_prob_batch_size 4, --train_batch_size 8" in capsys.readouterr().out
+    assert "auto: --sample_batch_size 2, --log_prob_batch_size 4, --train_batch_size 8" in capsys.readouterr().err
 
 
 def test_a_reference_that_ran_out_of_memory_goes_back_to_the_cpu(model_folder, monkeypatch):

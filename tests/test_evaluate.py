@@ -113,7 +113,7 @@ def test_batch_size_and_processes_do_not_matter(two_models, evaluated, on_two_pr
 
 def test_a_process_that_starts_late_does_its_own_share(two_models, tmp_path, monkeypatch):
     """The second of three processes begins when the first has finished, the third when both have: nothing is left or doubled."""
-    config, _ = evaluate.parse([*FLAGS, "--models", f"base={two_models}/base", "--output_dir", str(tmp_path)])
+    config, _ = evaluate.complete(evaluate.parse([*FLAGS, "--models", f"base={two_models}/base", "--output_dir", str(tmp_path)]))
     results, pipe, prompts = Results(tmp_path), make_pipeline(0), load_prompts("toy-small")[:10]
     rewards = {"toy-alignment": load_reward("toy-alignment")}
     monkeypatch.setattr(evaluate, "WORLD_SIZE", 3)
@@ -188,7 +188,7 @@ def test_a_folder_of_other_settings_or_models_is_not_mixed_up(two_models, evalua
 
 def test_run_supplies_what_is_not_given_and_its_checkpoints_are_models(runs, capsys):
     run = runs / "whole"
-    config, models = evaluate.parse(["--runs", str(run), "--images_per_prompt", "1"])
+    config, models = evaluate.complete(evaluate.parse(["--runs", str(run), "--images_per_prompt", "1"]))
     assert (config.num_steps, config.guidance_scale, config.prompts) == (3, 1.0, ["toy-small"])
     assert config.rewards == ["toy-colourfulness"] and [model.name for model in models] == ["base", "tuned"]
     evaluate.main(["--runs", str(run), "--checkpoints", "--images_per_prompt", "2"])
@@ -222,7 +222,7 @@ def test_several_runs_and_the_sum_they_were_trained_on(runs, two_models, tmp_pat
     settings = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(settings | {"model": "toy"}))
     with pytest.raises(ValueError, match="start from different models"):
-        evaluate.parse(["--runs", str(tmp_path / "sum"), str(other)])
+        evaluate.complete(evaluate.parse(["--runs", str(tmp_path / "sum"), str(other)]))
 
 
 def test_kept_checkpoints_have_no_optimizer_but_the_two_newest(runs):
@@ -283,10 +283,10 @@ def test_precision_is_that_of_the_run_unless_given(runs, pipe, tmp_path, monkeyp
     run = shutil.copytree(runs / "whole", tmp_path / "run")
     settings = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(settings | {"autocast": "bf16", "tf32": True}))
-    config, _ = evaluate.parse(["--runs", str(run)])
+    config, _ = evaluate.complete(evaluate.parse(["--runs", str(run)]))
     assert (config.autocast, config.tf32) == ("bf16", True)
     assert evaluate.policy_of(pipe, config).denoise.autocast == torch.bfloat16
-    given, _ = evaluate.parse(["--runs", str(run), "--autocast", "no"])
+    given, _ = evaluate.complete(evaluate.parse(["--runs", str(run), "--autocast", "no"]))
     assert evaluate.policy_of(pipe, given).denoise.autocast is None
     monkeypatch.setattr(evaluate, "load_set", lambda *_: (_ for _ in ()).throw(ValueError("enough")))
     for more, tf32 in (([], True), (["--tf32", "False"], False)):
@@ -318,12 +318,14 @@ def test_runs_checkpoints_and_adapters_open_as_what_was_trained(runs, two_models
 
 
 def test_protocols_are_the_papers(runs, tmp_path, monkeypatch):
-    small, _ = evaluate.parse(["--runs", str(runs / "whole"), "--protocol", "small"])
+    small, _ = evaluate.complete(evaluate.parse(["--runs", str(runs / "whole"), "--protocol", "small"]))
     assert (small.prompts, small.images_per_prompt) == (["toy-small"], 256)  # the training prompts; Sec. 4.1
-    large, _ = evaluate.parse(["--runs", str(runs / "whole"), "--protocol", "large"])
+    large, _ = evaluate.complete(evaluate.parse(["--runs", str(runs / "whole"), "--protocol", "large"]))
     categories = [f"hpdv2-{category}" for category in ("animation", "concept-art", "painting", "photo")]
     assert (large.prompts, large.images_per_prompt) == (["toy-small:500", "pickapic-test:500", *categories], 64)  # Sec. 4.2
-    fewer, _ = evaluate.parse(["--runs", str(runs / "whole"), "--protocol", "large", "--images_per_prompt", "2"])
+    fewer, _ = evaluate.complete(
+        evaluate.parse(["--runs", str(runs / "whole"), "--protocol", "large", "--images_per_prompt", "2"])
+    )
     assert fewer.images_per_prompt == 2
     seen = evaluate.load_set("toy-train:20", small)
     trained_on = [prompt for epoch in range(5) for prompt in draw_prompts(load_prompts("toy-train"), 4, epoch, 0)]

@@ -91,7 +91,7 @@ def test_links_out_of_a_run_are_refused(inside, run, tmp_path, capsys):
     assert not list(outside.iterdir())
     place.unlink()
     place.symlink_to(folder / "metrics.jsonl")  # within is allowed, as trackers do it
-    assert len(evaluate.parse(["--runs", str(folder)])[1]) == 2
+    assert len(evaluate.complete(evaluate.parse(["--runs", str(folder)]))[1]) == 2
 
 
 def test_a_checkpoint_is_not_unpickled(run, tmp_path, capsys):

@@ -314,7 +314,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(finished, model_folder, tmp_pa
     pictures.write_bytes(drawn[:-1] + bytes([drawn[-1] ^ 1]))
     lasro.main(["--resume", str(run), "--epochs", "4"])
     said = f"{pictures.name} is not what was written, by its SHA-256; the teacher draws them again"
-    assert said in capsys.readouterr().out and pictures.read_bytes() == drawn
+    assert said in capsys.readouterr().err and pictures.read_bytes() == drawn
     assert metrics(run)[-1] == metrics(finished)[-1]
     for file in (checkpoint.WEIGHTS, checkpoint.STATE):
         of_both = [load_file(checkpoint.all_checkpoints(folder)[-1] / file) for folder in (run, finished)]

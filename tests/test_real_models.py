@@ -146,10 +146,10 @@ def test_rounding_is_reported_per_step_and_a_drowned_clip_is_told(flags, tmp_pat
     """bf16 against fp32 at unchanged weights: the deviation of the log-ratio, by step, in units of the clip range."""
     small = ["--preset", "small-hpsv2", "--reward", "jpeg-compressibility", "--epochs", "1"]
     exact = run_of(flags, tmp_path / "fp32", *small, "--guidance_scale", "1", "--clip_range", "0.1")[1]
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr().err
     assert "rounding: log-ratios at unchanged weights" in printed and "warning" not in printed
     coarse = run_of(flags, tmp_path / "bf16", *small, "--guidance_scale", "1", "--autocast", "bf16")[1]
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr().err
     assert len(coarse["rounding"]) == len(exact["rounding"]) == 3
     assert all(b > 10 * e for b, e in zip(coarse["rounding"], exact["rounding"], strict=True))
     worst = max(coarse["rounding"])
@@ -221,7 +221,7 @@ def test_long_prompts_are_counted_and_reported_once(flags, pipe, tmp_path, capsy
     run_of(flags, tmp_path / "run", "--preset", "small-hpsv2", "--reward", "jpeg-compressibility", "--prompts",
            tmp_path / "prompts.txt", "--epochs", "1")  # fmt: skip
     captured = capsys.readouterr()
-    assert captured.out.count("1 of 2 prompts are longer than the text encoder reads") == 1
+    assert captured.err.count("1 of 2 prompts are longer than the text encoder reads") == 1
     assert "truncated" not in captured.err
 
 

@@ -220,7 +220,7 @@ def test_torchrun_does_not_end_the_process_that_saves(model_folder, tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True, timeout=200)
     assert done.returncode == 1
     assert len([line for line in done.stderr.splitlines() if "error in process 1 on" in line]) == 1
-    assert "stopped after epoch 1 of 3; the same command goes on" in done.stdout
+    assert "stopped after epoch 1 of 3; the same command goes on" in done.stderr
     assert checkpoint.read_state(tmp_path / "run")["epoch"] == 1
 
 
@@ -283,7 +283,7 @@ def test_signals_save_and_the_same_command_goes_on(number, code, model_folder, t
     assert checkpoint.read_state(run)["epoch"] == epochs >= 1
     sys.path.append(str(ROOT / "tests"))
     train.main(arguments(model_folder, run, "--epochs", str(epochs + 1), *flags))
-    assert f"{run} goes on from epoch_{epochs:06d}" in capsys.readouterr().out
+    assert f"{run} goes on from epoch_{epochs:06d}" in capsys.readouterr().err
     assert [line["epoch"] for line in metrics(run)] == list(range(epochs + 2))
 
 
@@ -323,7 +323,7 @@ def test_autocast_trains_and_reports_its_drift(model_folder, tmp_path):
 
 def test_batch_arithmetic_is_printed_and_right(capsys, model_folder, tmp_path):
     train.main(arguments(model_folder, tmp_path / "run", "--epochs", "1", "--eval_prompts", ""))
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr().err
     assert "4 of 45 prompts x 3 images = 12 trajectories x 4 steps = 48 log-probs" in printed
     assert "4 prompts x 3 = 12 pairs" in printed
     assert "48 log-probs each = 0 micro-batches of 64 and one of 48" in printed
@@ -470,7 +470,7 @@ def test_the_checkpoint_before_serves_where_the_newest_is_damaged(name, flipped,
     content[content.rindex(flipped) + len(flipped) - 1 if flipped else -1] ^= 1  # of the optimiser's settings, and of the run's
     file.write_bytes(content)
     train.main(arguments(model_folder, run, "--epochs", "2"))
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert f"damaged checkpoint {newest}: {name} is not what was written" in said
     assert f"the one before serves\n{run} goes on from {first.name}" in said
     assert metrics(run) == metrics(finished)
@@ -498,10 +498,10 @@ def test_another_number_of_processes_is_told_of(finished, model_folder, tmp_path
     state.write_text(state.read_text().replace('"processes": 1', '"processes": 2'))
     checkpoint.write_sums(state.parent)
     train.main(arguments(model_folder, run, "--epochs", "2"))
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert "saved by 2 processes, continued by 1" in said and "up to rounding, not bit for bit" in said
     train.main(arguments(model_folder, finished, "--epochs", "2"))
-    assert "processes, continued by" not in capsys.readouterr().out
+    assert "processes, continued by" not in capsys.readouterr().err
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(finished, model_folder, tmp_path, capsys, monkeypatch):
