@@ -249,7 +249,7 @@ MAY_CHANGE_ON_RESUME = {
 }  # fmt: skip
 
 
-def check_kinds(config: Common) -> None:
+def check_kinds(config) -> None:
     """ValueError naming the setting if one has none of its few values, or a batch size is none: from Python nothing is parsed."""
     for field in dataclasses.fields(config):
         value, allowed = getattr(config, field.name), get_args(field.type)

@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from config import setting
+from config import check_kinds, setting
 from plumbing import checkpoint, processes, report
 from plumbing.errors import one_line_errors
 from plumbing.flags import Parser, check_no_code, names_given
@@ -81,13 +81,14 @@ def parse(argv: list[str]) -> dict:
 
 def complete(given: dict) -> tuple[EvaluationConfig, list[Model]]:
     """Settings and models; what is not given comes from the run's config.json. ValueError naming what is missing or wrong."""
-    trained, protocol = [read_run(Path(run)) for run in given.get("runs", ())], given.get("protocol", "none")
-    usual = dict(PROTOCOLS[protocol])
+    first = EvaluationConfig(**given)
+    check_kinds(first)
+    trained, usual = [read_run(Path(run)) for run in first.runs], dict(PROTOCOLS[first.protocol])
     if trained:
         usual |= {name: trained[0][name] for name in OF_THE_RUN if name in trained[0]}
         usual["rewards"] = [name for name, _ in parse_weighted(trained[0]["reward"])]
-        usual["output_dir"] = str(Path(given["runs"][0], "evaluation"))
-        if protocol == "none":
+        usual["output_dir"] = str(Path(first.runs[0], "evaluation"))
+        if first.protocol == "none":
             usual["prompts"] = [trained[0]["eval_prompts"] or trained[0]["prompts"]]
     config = EvaluationConfig(**usual | given)
     if "rewards" not in given:
@@ -242,6 +243,9 @@ def evaluate(rewards: list[str] | dict[str, Reward] = (), prompts: list[str] | d
     """
     own_rewards, own_prompts = (dict(some) if isinstance(some, dict) else {} for some in (rewards, prompts))
     given |= {name: list(some) for name, some in (("rewards", rewards), ("prompts", prompts)) if some}
+    for name, some in own_prompts.items():
+        if not some:
+            raise ValueError(f"prompt set {name!r} is an empty list: give at least one prompt")
     config, models = complete(given)
     device = processes.start(config.tf32)
     sets = {name: own_prompts.get(name) or load_set(name, config) for name in config.prompts}

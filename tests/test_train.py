@@ -276,10 +276,10 @@ def test_signals_save_and_the_same_command_goes_on(number, code, model_folder, t
     while not ((run / "metrics.jsonl").exists() and len(metrics(run)) > 1) and time.time() < deadline:
         time.sleep(0.1)
     process.send_signal(number)
-    printed, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == code and "Traceback" not in errors, errors[-2000:]
     epochs = len(metrics(run)) - 1
-    assert f"stopped after epoch {epochs} of 1000; the same command goes on" in printed
+    assert f"stopped after epoch {epochs} of 1000; the same command goes on" in errors
     assert checkpoint.read_state(run)["epoch"] == epochs >= 1
     sys.path.append(str(ROOT / "tests"))
     train.main(arguments(model_folder, run, "--epochs", str(epochs + 1), *flags))
@@ -484,9 +484,13 @@ def test_an_evaluation_that_was_stopped_is_made_when_the_run_goes_on(finished, m
     with monkeypatch.context() as patch:
         evaluate = train.Run.all_evaluate
         patch.setattr(train.Run, "all_evaluate", lambda self: evaluate(self) if self.completed == 0 else signal.raise_signal(15))
-        with pytest.raises(SystemExit) as stopped:
+        with pytest.raises(KeyboardInterrupt) as stopped:
             train.main(arguments(model_folder, run, *flags))
-    assert stopped.value.code == 143 and checkpoint.read_state(run)["epoch"] == 1 and metrics(run)[1]["eval_reward"] is None
+    assert (
+        stopped.value.args == (signal.SIGTERM,)
+        and checkpoint.read_state(run)["epoch"] == 1
+        and metrics(run)[1]["eval_reward"] is None
+    )
     train.main(arguments(model_folder, run, *flags))
     train.main(arguments(model_folder, tmp_path / "uninterrupted", *flags))
     assert metrics(run) == metrics(tmp_path / "uninterrupted") and metrics(run)[1]["eval_reward"] is not None
