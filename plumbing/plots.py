@@ -3,19 +3,17 @@
 import textwrap
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # draws into files; needs no screen
-
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
 
 
 def reward_curve(metrics: list[dict], path: Path) -> None:
     """Reward of the training samples (mean and one standard deviation) and of the evaluation prompts, against epochs."""
-    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
     epochs, mean, spread = zip(*((m["epoch"], m["reward_mean"], m["reward_std"]) for m in metrics if m["epoch"]), strict=True)
     low, high = [[m + sign * s for m, s in zip(mean, spread, strict=True)] for sign in (-1, 1)]
     axes.fill_between(epochs, low, high, alpha=0.15, linewidth=0)
@@ -31,12 +29,12 @@ def reward_curve(metrics: list[dict], path: Path) -> None:
 
 def finish(figure, path: Path, dpi: int) -> None:
     figure.savefig(path, dpi=dpi)
-    plt.close(figure)
 
 
 def training_curves(runs: dict[str, list[dict]], path: Path) -> None:
     """Reward of the training samples of several runs against epochs (Fig. 9). runs: title -> metrics."""
-    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
     for title, metrics in runs.items():
         axes.plot(*zip(*((m["epoch"], m["reward_mean"]) for m in metrics if m["epoch"]), strict=True), label=title)
     axes.set(xlabel="epoch", ylabel="mean reward of the training samples")
@@ -51,7 +49,8 @@ def reward_over_epochs(rows: list[dict], path: Path) -> None:
     rows: of scores.summarise, with an epoch and the name of the line they are on.
     """
     rewards, names = (list(dict.fromkeys(row[key] for row in rows)) for key in ("reward", "line"))
-    figure, panels = plt.subplots(1, len(rewards), figsize=(4.6 * len(rewards), 3.4), squeeze=False, layout="constrained")
+    figure = Figure(figsize=(4.6 * len(rewards), 3.4), layout="constrained")
+    panels = figure.subplots(1, len(rewards), squeeze=False)
     for reward, axes in zip(rewards, panels[0], strict=True):
         for name in names:
             line = sorted((r for r in rows if r["reward"] == reward and r["line"] == name), key=lambda r: r["epoch"])
@@ -78,7 +77,7 @@ def sheet(width: float, height: float, left: float, picture_inches: float):
 
     One axes for all pictures: matplotlib takes seconds to lay out hundreds of them.
     """
-    figure = plt.figure(figsize=((width + left) * picture_inches, height * picture_inches))
+    figure = Figure(figsize=((width + left) * picture_inches, height * picture_inches))
     axes = figure.add_axes((0, 0, 1, 1), xlim=(-left, width), ylim=(height, 0), autoscale_on=False)
     axes.set_axis_off()
     return figure, axes
@@ -87,7 +86,7 @@ def sheet(width: float, height: float, left: float, picture_inches: float):
 def place(axes, image: Tensor | Path, x: float, y: float) -> None:
     """A picture with its upper left corner near (x, y), and a thin line around it: some are white."""
     axes.imshow(pixels(image), interpolation="nearest", extent=(x + 0.03, x + 0.97, y + 0.97, y + 0.03), aspect="auto")
-    axes.add_patch(plt.Rectangle((x + 0.03, y + 0.03), 0.94, 0.94, fill=False, linewidth=0.5, edgecolor="0.6"))
+    axes.add_patch(Rectangle((x + 0.03, y + 0.03), 0.94, 0.94, fill=False, linewidth=0.5, edgecolor="0.6"))
 
 
 def strips(columns: dict[str, list], prompts: list[str], path: Path) -> None:
@@ -122,9 +121,8 @@ def grid(rows: dict[str, Tensor | list], prompts: list[str], path: Path, across:
 
 def curves(panels: dict[str, dict[str, list[list[float]]]], ylabel: str, path: Path, epochs: list[int] | None = None) -> None:
     """Mean and range over seeds against epochs, 1, 2, ... if not given. panels: title -> line -> a curve for every seed."""
-    figure, every = plt.subplots(
-        1, len(panels), figsize=(4.2 * len(panels), 3.4), squeeze=False, sharey=True, layout="constrained"
-    )
+    figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
+    every = figure.subplots(1, len(panels), squeeze=False, sharey=True)
     for axes, (title, lines) in zip(every[0], panels.items(), strict=True):
         for name, seeds in lines.items():
             table = np.array(seeds)
@@ -147,7 +145,8 @@ def trails(panels: list[tuple[str, str, str, dict[str, list]]], path: Path, syml
     rows, order = len(panels) // columns, list(panels[0][-1])
     alike = len({ylabel for _, _, ylabel, _ in panels}) == 1
     size = (4.8 * columns, 3.6 * rows)
-    figure, every = plt.subplots(rows, columns, figsize=size, squeeze=False, sharey=alike, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
+    every = figure.subplots(rows, columns, squeeze=False, sharey=alike)
     for axes, (title, xlabel, ylabel, lines) in zip(every.flat, panels, strict=True):
         for n, (name, seeds) in enumerate(lines.items()):
             colour = f"C{order.index(name) if name in order else n}"
@@ -166,7 +165,8 @@ def dots(panels: dict[str, dict[str, list[float]]], xlabel: str, path: Path) -> 
     """A dot for every seed and a line at their mean. panels: title -> row -> a number for every seed."""
     rows = len(next(iter(panels.values())))
     size = (2.2 + 2.6 * len(panels), 0.8 + 0.36 * rows)
-    figure, every = plt.subplots(1, len(panels), figsize=size, squeeze=False, sharey=True, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
+    every = figure.subplots(1, len(panels), squeeze=False, sharey=True)
     for axes, (title, values) in zip(every[0], panels.items(), strict=True):
         for row, numbers in enumerate(values.values()):
             axes.plot(numbers, [row] * len(numbers), "o", markersize=5, alpha=0.7, color=f"C{row}")
@@ -180,7 +180,8 @@ def dots(panels: dict[str, dict[str, list[float]]], xlabel: str, path: Path) -> 
 
 def tradeoff(points: dict[str, list[list[float]]], xlabel: str, ylabel: str, path: Path) -> None:
     """Two rewards of several models, a dot for every seed. points: name -> [x of every seed, y of every seed]."""
-    figure, axes = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
+    figure = Figure(figsize=(5.2, 3.6), layout="constrained")
+    axes = figure.subplots()
     for name, (x, y) in points.items():
         axes.plot(x, y, "o", alpha=0.8, label=name)
     axes.set(xlabel=xlabel, ylabel=ylabel)
@@ -196,7 +197,8 @@ def prediction(columns: dict[str, dict], path: Path) -> None:
     (N prompts, B pictures) relative to their prompt.
     """
     size = (2.3 * len(columns) + 0.6, 7)
-    figure, axes = plt.subplots(3, len(columns), figsize=size, squeeze=False, sharey="row", layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(3, len(columns), squeeze=False, sharey="row")
     for column, (title, found) in enumerate(columns.items()):
         for row, (what, lines) in enumerate(found["curves"].items()):
             for name, (epochs, seeds) in lines.items():

@@ -3,9 +3,9 @@
 import dataclasses
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 from accelerate import PartialState
 from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracker, TrackioTracker, WandBTracker
+from matplotlib.image import imread
 
 PROJECT = "prdp"
 
@@ -78,7 +78,7 @@ class Watch:
     def log_pictures(self, file: Path, epoch: int) -> None:
         match self.name:
             case "tensorboard":
-                self.tracker.log_images({"samples": plt.imread(file)[None, ..., :3]}, epoch, dataformats="NHWC")
+                self.tracker.log_images({"samples": imread(file)[None, ..., :3]}, epoch, dataformats="NHWC")
             case "wandb":
                 self.tracker.log_images({"samples": [str(file)]}, epoch)
             case "trackio":
