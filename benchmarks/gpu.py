@@ -48,7 +48,7 @@ SPEED = {  # name: T and flags
     "bf16, batches of 32": (50, "--sample_batch_size 32 --log_prob_batch_size 32 --train_batch_size 16"),
     "bf16, auto": (50, "--sample_batch_size auto --log_prob_batch_size auto --train_batch_size auto"),
     "bf16, adapters": (50, "--lora_rank 16"),
-    "bf16, reference on a tenth": (50, "--reference_steps 5"),
+    "bf16, reference on a tenth": (50, "--reference_steps {tenth}"),
 }
 CAPS = {"every weight, 24 GB": 24e9, "adapters, 12 GB": 12e9}  # bytes
 
@@ -106,12 +106,18 @@ def run_rounding(options) -> dict:
     return outcome | ({"largest": json.loads(file.read_text())} if file.exists() else {})
 
 
+def speed_flags(name: str, limit: int) -> list[str]:
+    """T, of at most `limit` steps, and what makes it this part."""
+    most, flags = SPEED[name]
+    steps = min(most, limit)
+    return ["--num_steps", str(steps), *flags.format(tenth=max(1, steps // 10)).split()]
+
+
 def measure_speed(name: str, options) -> dict:
-    steps, flags = SPEED[name]
     file = options.folder / "speed.json"
     file.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "benchmarks.speed", "--num_steps", str(min(steps, options.steps)), "--output", str(file)]
-    outcome = call([*command, *options.flags, *flags.split()])
+    command = [sys.executable, "-m", "benchmarks.speed", "--output", str(file)]
+    outcome = call([*command, *options.flags, *speed_flags(name, options.steps)])
     return outcome | (json.loads(file.read_text()) if file.exists() else {})
 
 

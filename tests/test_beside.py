@@ -76,8 +76,9 @@ def test_a_gpu_day_wants_a_gpu_and_known_flags(capsys, tmp_path):
     with pytest.raises(SystemExit) as stopped:
         gpu.main(["--output", str(tmp_path)])
     assert stopped.value.code == 2 and "there is no GPU: --shape tiny" in capsys.readouterr().err
-    for _, flags in gpu.SPEED.values():
-        check(parse(["--preset", "large-hpsv2", *flags.split()]), 1)
+    for name in gpu.SPEED:
+        for limit in (50, 3):
+            check(parse(["--preset", "large-hpsv2", *gpu.speed_flags(name, limit)]), 1)
     for name in gpu.CAPS:
         assert memory.RECIPES[name].startswith("--preset large-hpsv2 ")
 
