@@ -128,7 +128,7 @@ def run_on_two_processes(folder: Path, model_folder: Path, two_models: Path) -> 
     import test_train
 
     folder.mkdir(exist_ok=True)
-    cases = {"prdp": ("train", test_train.arguments(model_folder, folder / "prdp", "--epochs", "2"))}
+    cases = {"prdp": ("train", test_train.arguments(model_folder, folder / "prdp", "--epochs", "2", "--log_to", "tensorboard"))}
     for method in test_methods.FLAGS:
         cases[method] = ("train", test_methods.arguments(method, model_folder, folder / method, folder))
     cases["lasro"] = ("lasro", test_lasro.arguments(model_folder, folder / "lasro"))

@@ -41,6 +41,15 @@ def test_tensorboard_gets_settings_metrics_and_pictures(model_folder, tmp_path):
     assert "preset: toy" in settings.read_text()
 
 
+def test_of_two_processes_one_logs(on_two_processes):
+    (folder,) = on_two_processes["prdp"].folder.glob("tensorboard")
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    lines = metrics(on_two_processes["prdp"].folder)
+    assert [event.step for event in events.Scalars("loss")] == [1, 2] and len(list(folder.glob("events*"))) == 1
+    assert events.Scalars("reward_mean")[-1].value == pytest.approx(lines[-1]["reward_mean"])
+
+
 def test_trackio_gets_settings_metrics_and_pictures(model_folder, tmp_path):
     lines, store = run_and_go_on(model_folder, tmp_path / "mine", "trackio"), Path(TRACKIO.name)
     with sqlite3.connect(store / f"{trackers.PROJECT}.db") as database:
