@@ -1,11 +1,16 @@
 """Where a run is watched besides its folder: a tracker of accelerate.tracking gets its settings, metrics and pictures."""
 
 import dataclasses
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from accelerate import PartialState
 from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 from matplotlib.image import imread
+
+from plumbing.errors import text_of
+from plumbing.processes import say
 
 PROJECT = "prdp"
 
@@ -50,7 +55,8 @@ class Watch:
                 tracker = MLflowTracker(PROJECT, run_id=known, run_name=title)
         PartialState(cpu=True)  # accelerate wants it; the processes have been joined before
         tracker.main_process_only = False  # there is one process that has a tracker
-        tracker.start()
+        with redirect_stdout(sys.stderr):  # where news go
+            tracker.start()
         return tracker
 
     def identity(self) -> str:
@@ -65,9 +71,19 @@ class Watch:
                 return of_tracker.info.run_id
 
     def log(self, line: dict) -> None:
-        """A line of metrics.jsonl, and the pictures of its evaluation, which show their prompts."""
+        """A line of metrics.jsonl, and the pictures of its evaluation, which show their prompts.
+
+        A tracker that fails is told of, once, and left out from then on: the run is worth more.
+        """
         if not self.tracker:
             return
+        try:
+            self.send(line)
+        except Exception as error:  # the libraries raise many kinds
+            say(f"warning: --log_to {self.name} failed, and gets no more of this run: {text_of(error)}")
+            self.tracker = None
+
+    def send(self, line: dict) -> None:
         numbers = {key: value for key, value in line.items() if isinstance(value, int | float)}
         numbers |= {f"seconds/{phase}": value for phase, value in line.get("seconds", {}).items()}
         self.tracker.log(numbers, line["epoch"])
@@ -91,4 +107,9 @@ class Watch:
     def finish(self) -> None:
         """Sends what is left."""
         if self.tracker:
-            self.tracker.finish()
+            with redirect_stdout(sys.stderr):
+                if self.name == "trackio":  # which else finishes the run once more when Python ends, and says so on stdout
+                    import trackio
+
+                    return trackio.finish()
+                self.tracker.finish()

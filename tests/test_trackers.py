@@ -80,6 +80,15 @@ def test_wandb_goes_on_in_the_same_curves(model_folder, tmp_path, monkeypatch):
     assert pictures == {n: [str(tmp_path / "run" / "samples" / f"epoch_{n:06d}.png")] for n in (0, 2, 3)}
 
 
+def test_a_tracker_that_fails_does_not_end_the_run(model_folder, tmp_path, monkeypatch, capsys):
+    sent = []
+    monkeypatch.setattr(trackers.TensorBoardTracker, "log", lambda self, values, step: sent.append(step) or 1 / 0)
+    train.main(arguments(model_folder, tmp_path / "run", *FLAGS, "--log_to", "tensorboard", "--epochs", "2"))
+    told = capsys.readouterr().err
+    assert told.count("warning: --log_to tensorboard failed, and gets no more of this run: ZeroDivisionError") == 1
+    assert sent == [0] and len(metrics(tmp_path / "run")) == 3 and (tmp_path / "run" / "pipeline").exists()
+
+
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
 def test_a_tracker_that_is_not_installed_is_named(name, model_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, name, None)
