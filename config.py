@@ -154,16 +154,16 @@ PRESETS: dict[str, dict] = {
     "aesthetic-kl": dict(
         prompts="animals-bare", eval_prompts="animals-bare", reward=["aesthetic"], epochs=250, kl_weight=1.0,
     ),
-    # The comparators, each with its paper's settings (DPOK's for several prompts). ImageReward, for which DPOK's alpha and beta
-    # were chosen, is not among our rewards: scale them to yours.
+    # The comparators, each with its paper's settings (DPOK's for several prompts). DPOK's alpha and beta are chosen for
+    # ImageReward: with another reward, scale them to it.
     "ddpo": dict(
         method="ddpo", prompts="animals-bare", eval_prompts="animals-bare", reward=["aesthetic"], epochs=200, updates_per_epoch=4,
         prompts_per_epoch=32, images_per_prompt=8, clip_range=1e-4,
     ),
     "dpok": dict(
-        method="dpok", model="stable-diffusion-v1-5/stable-diffusion-v1-5", lora_rank=4, guidance_scale=7.5, epochs=2000,
-        updates_per_epoch=5, prompts_per_epoch=45, images_per_prompt=1, kl_weight=0.001, clip_range=1e-4, max_grad_norm=0.1,
-        weight_decay=0.0, eval_every=100, save_every=100,
+        method="dpok", model="stable-diffusion-v1-5/stable-diffusion-v1-5", lora_rank=4, reward=["imagereward"],
+        guidance_scale=7.5, epochs=2000, updates_per_epoch=5, prompts_per_epoch=45, images_per_prompt=1, kl_weight=0.001,
+        clip_range=1e-4, max_grad_norm=0.1, weight_decay=0.0, eval_every=100, save_every=100,
     ),
     "d3po": dict(
         method="d3po", model="stable-diffusion-v1-5/stable-diffusion-v1-5", lora_rank=4, prompts="animals-bare",
@@ -226,7 +226,7 @@ class LasroConfig(Common):
 
 
 TURBO = dict(
-    prompts="hpdv2-train", eval_prompts="pickapic-test", reward=["hpsv2"], epochs=200, autocast="bf16",
+    prompts="hpdv2-train", eval_prompts="pickapic-test", reward=["imagereward"], epochs=200, autocast="bf16",
     gradient_checkpointing=True, sample_batch_size=8, train_batch_size=4, eval_every=20, save_every=20, teacher_steps=25,
     teacher_guidance=7.5,
 )  # fmt: skip

@@ -7,7 +7,7 @@ scores (B,), higher is better. It is never differentiated. `load_reward` makes o
     jpeg-incompressibility        the opposite
     toy-alignment                 share of the prompt's attributes the picture shows, in [0, 1] (miniature/world.py)
     toy-colourfulness             Hasler and Suesstrunk's measure; ignores the prompt, so it can be hacked (miniature/world.py)
-    hpsv2, hpsv2.1, pickscore, aesthetic, clipscore    learned rewards (plumbing/reward_models.py)
+    hpsv2, hpsv2.1, pickscore, imagereward, aesthetic, clipscore    learned rewards (plumbing/reward_models.py)
     my_file:my_function           your own function, from a module on the Python path or in the working directory; it always gets
                                   its pictures on the CPU
 

@@ -34,6 +34,7 @@ from benchmarks import rehearsal, speed
 from config import AUTO, Config
 from plumbing.errors import one_line_errors
 from plumbing.flags import parse
+from plumbing.image_reward import ImageReward
 from plumbing.pipeline import Embeddings, ddim_scheduler, decode_latents, unet_policy
 from plumbing.provenance import provenance
 from plumbing.trainable import make_trainable, trained_parameters
@@ -90,6 +91,7 @@ def reward_models(config: Config, sizes: dict) -> list[torch.nn.Module]:
         "hpsv2": lambda: open_clip.CLIP(**sizes["hpsv2"]),
         "hpsv2.1": lambda: open_clip.CLIP(**sizes["hpsv2"]),
         "pickscore": lambda: CLIPModel(rehearsal.clip_config(sizes["pickscore"])),
+        "imagereward": lambda: ImageReward(sizes["imagereward"]),
         "aesthetic": lambda: CLIPModel(rehearsal.clip_config(sizes["clip"])),
         "clipscore": lambda: CLIPModel(rehearsal.clip_config(sizes["clip"])),
     }

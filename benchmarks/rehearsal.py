@@ -31,10 +31,20 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from torch import nn
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    BertTokenizer,
+    BlipConfig,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 from transformers.utils import logging
 
 from config import LASRO_PRESETS
+from plumbing import image_reward
 from plumbing.errors import one_line_errors
 from plumbing.prompts import ANIMALS, ON_THE_HUB
 from plumbing.reward_models import SOURCES
@@ -114,6 +124,7 @@ REWARDS = {
             text=dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12),
             vision=dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14),
         ),
+        imagereward=image_reward.CONFIG,
     ),
     "tiny": dict(
         hpsv2=dict(
@@ -123,6 +134,10 @@ REWARDS = {
         ),
         pickscore=dict(projection_dim=64, text=TINY_TOWER, vision=TINY_TOWER),
         clip=dict(projection_dim=768, text=TINY_TOWER, vision=TINY_TOWER),
+        imagereward=BlipConfig(
+            vision_config=TINY_TOWER | dict(image_size=224, layer_norm_eps=1e-6, initializer_range=0.2),
+            text_config=TINY_TOWER | dict(vocab_size=160, bos_token_id=158, initializer_range=0.2),
+        ),
     ),
 }  # fmt: skip
 
@@ -143,6 +158,14 @@ def clip_tokenizer() -> CLIPTokenizer:
     with gzip.open(Path(open_clip.__file__).with_name("bpe_simple_vocab_16e6.txt.gz"), "rt", encoding="utf-8") as file:
         merges = file.read().split("\n")[1 : 49152 - 256 - 2 + 1]
     return CLIPTokenizer(vocab=vocabulary, merges=[tuple(merge.split()) for merge in merges], model_max_length=77)
+
+
+def bert_tokenizer(size: int) -> BertTokenizer:
+    """One of so many tokens in BERT's files. Letters are its words: the real vocabulary is in no package."""
+    characters = [chr(code) for code in range(33, 127) if not chr(code).isupper()]
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters, *(f"##{character}" for character in characters)]
+    tokens += [f"[unused{i}]" for i in range(size - len(tokens))]
+    return BertTokenizer(vocab={token: i for i, token in enumerate(tokens)})
 
 
 def make_pipeline(folder: Path, size: str) -> None:
@@ -172,6 +195,12 @@ def make_rewards(folder: Path, size: str) -> dict[str, Path]:
     for name in ("pickscore", "clip"):
         CLIPModel(clip_config(shapes[name])).save_pretrained(folder / name)
         clip_tokenizer().save_pretrained(folder / name)
+    blip, place = shapes["imagereward"], folder / "imagereward"
+    place.mkdir()
+    state = {image_reward.original_name(name): t for name, t in image_reward.ImageReward(blip).state_dict().items()}
+    torch.save(state, place / SOURCES["imagereward"].file)
+    blip.to_json_file(place / "blip_config.json")
+    bert_tokenizer(blip.text_config.vocab_size - 2).save_pretrained(place)  # but for [DEC] and [ENC], which BLIP adds
     widths = {0: (768, 1024), 2: (1024, 128), 4: (128, 64), 6: (64, 16), 7: (16, 1)}
     head = nn.ModuleDict({"layers": nn.ModuleDict({str(i): nn.Linear(*width) for i, width in widths.items()})})
     torch.save(head.state_dict(), folder / SOURCES["aesthetic"].file)

@@ -1,7 +1,8 @@
-"""Learned rewards: HPSv2, PickScore, the LAION aesthetic predictor and CLIPScore, as functions (images, prompts) -> raw scores.
+"""Learned rewards: HPSv2, PickScore, ImageReward, the LAION aesthetic predictor, CLIPScore: (images, prompts) -> raw scores.
 
     hpsv2, hpsv2.1     cosine of picture and prompt, about 0.27 (arXiv 2306.09341); the paper's is 2.0
     pickscore          cosine of picture and prompt, about 0.21 (arXiv 2305.01569); its authors' 21 is 100 times this
+    imagereward        standardised by its authors (arXiv 2304.05977), about 0.2 for Stable Diffusion v1.5 in DPOK's paper
     aesthetic          the LAION predictor V2, about 5.5; ignores the prompt
     clipscore          cosine under CLIP ViT-L/14 (arXiv 2104.08718, without its factor 2.5); for evaluation
 
@@ -23,9 +24,10 @@ import torchvision.transforms.v2.functional as F
 from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
-from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+from transformers import BlipConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 from transformers.utils import logging
 
+from plumbing import image_reward
 from plumbing.errors import told_of
 
 Reward = Callable[[Tensor, list[str]], Tensor]
@@ -49,6 +51,9 @@ SOURCES = {
     "hpsv2.1": Source("xswu/HPSv2", "HPS_v2.1_compressed.pt", "1.97 GB", "Apache-2.0"),
     "pickscore": Source(
         "yuvalkirstain/PickScore_v1", "model.safetensors", "3.94 GB", "MIT", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    ),
+    "imagereward": Source(  # the organisation was THUDM
+        "zai-org/ImageReward", "ImageReward.pt", "1.79 GB", "Apache-2.0", "google-bert/bert-base-uncased"
     ),
     "aesthetic": Source(GITHUB, "sac+logos+ava1-l14-linearMSE.pth", "3.7 MB", "Apache-2.0"),
     "clip": Source("openai/clip-vit-large-patch14", "model.safetensors", "1.71 GB", "MIT"),  # of aesthetic and clipscore
@@ -99,6 +104,15 @@ def letterbox(images: Tensor, size: int) -> Tensor:
     images = F.resize(images, [height, width], InterpolationMode.BICUBIC, antialias=True)
     left, top = (size - width) // 2, (size - height) // 2
     return F.normalize(F.pad(images, [left, top, size - width - left, size - height - top]), CLIP_MEAN, CLIP_STD)
+
+
+def cropped(images: Tensor, size: int) -> Tensor:
+    """CLIP's preprocessing, and ImageReward's: the shortest side to `size`, the centre, CLIP's mean and standard deviation.
+
+    (B, 3, H, W) in [0, 1] -> (B, 3, size, size). Bicubic with antialiasing, rounded and clamped.
+    """
+    processor = CLIPImageProcessor(size={"shortest_edge": size}, crop_size=size)
+    return processor(images=eight_bit(images), return_tensors="pt")["pixel_values"]
 
 
 def cached(embed: Callable[[list[str]], Tensor], limit: int = 4096) -> Callable[[list[str]], Tensor]:
@@ -164,12 +178,9 @@ def clip(name: str, path: str | None, device: torch.device, dtype: torch.dtype) 
         model.requires_grad_(False).to(device, dtype).eval()
     length = model.config.text_config.max_position_embeddings
     size = model.config.vision_config.image_size
-    # resizes the shortest side (bicubic, antialiased, rounded and clamped), crops the centre, normalises
-    processor = CLIPImageProcessor(size={"shortest_edge": size}, crop_size=size)
 
     def embed_images(images: Tensor) -> Tensor:
-        pixels = processor(images=eight_bit(images), return_tensors="pt")["pixel_values"]
-        return model.get_image_features(pixel_values=pixels.to(device, dtype)).pooler_output
+        return model.get_image_features(pixel_values=cropped(images, size).to(device, dtype)).pooler_output
 
     def embed_prompts(prompts: list[str]) -> Tensor:
         tokens = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").to(device)
@@ -190,10 +201,7 @@ def clipscore(local: dict[str, str], device: torch.device, dtype: torch.dtype) -
 
 def aesthetic(local: dict[str, str], device: torch.device, dtype: torch.dtype) -> Reward:
     """The LAION aesthetic predictor V2 on CLIP ViT-L/14. Local paths: its file, and the folder of clip."""
-    head = nn.Sequential(
-        nn.Linear(768, 1024), nn.Dropout(0.2), nn.Linear(1024, 128), nn.Dropout(0.2), nn.Linear(128, 64), nn.Dropout(0.1),
-        nn.Linear(64, 16), nn.Linear(16, 1),
-    )  # fmt: skip
+    head = image_reward.affine_head(768)
     with explained("aesthetic", local):
         if "aesthetic" in local:
             state = torch.load(local["aesthetic"], map_location="cpu", weights_only=True)  # its tensors were saved on a GPU
@@ -211,10 +219,32 @@ def aesthetic(local: dict[str, str], device: torch.device, dtype: torch.dtype) -
     return reward
 
 
+def imagereward(local: dict[str, str], device: torch.device, dtype: torch.dtype) -> Reward:
+    """ImageReward. Local path: a folder with the file, the tokenizer and, for another size than its own, blip_config.json."""
+    with explained("imagereward", local):
+        source, folder = SOURCES["imagereward"], local.get("imagereward")
+        file = Path(folder, source.file) if folder else Path(hf_hub_download(source.hub, source.file))
+        size = file.with_name("blip_config.json")
+        config = BlipConfig.from_json_file(size) if size.exists() else image_reward.CONFIG
+        model = image_reward.ImageReward(config)
+        image_reward.load_original(model, torch.load(file, map_location="cpu", weights_only=True))
+        tokenizer = image_reward.load_tokenizer(folder or source.tokenizer, config.text_config.vocab_size)
+    with told_of("the reward model 'imagereward'", device):
+        model.requires_grad_(False).to(device, dtype).eval().head.float()
+
+    @torch.no_grad()
+    def reward(images: Tensor, prompts: list[str]) -> Tensor:
+        pixels = cropped(images.to(device), config.vision_config.image_size).to(device, dtype)
+        return model(pixels, *image_reward.tokenize(tokenizer, prompts, device))
+
+    return reward
+
+
 LOADERS = {
     "hpsv2": hpsv2,
     "hpsv2.1": functools.partial(hpsv2, name="hpsv2.1"),
     "pickscore": pickscore,
+    "imagereward": imagereward,
     "aesthetic": aesthetic,
     "clipscore": clipscore,
 }

@@ -56,6 +56,7 @@ COMPARATORS = {
         epochs=2000, updates_per_epoch=5, prompts_per_epoch=45, images_per_prompt=1, num_steps=50, clip_range=1e-4,
         guidance_scale=7.5, max_grad_norm=0.1, learning_rate=1e-5, weight_decay=0.0, kl_weight=0.001, reward_scale=10.0,
         steps_per_update=32, kl_form="eps_mse", critic=True, lora_rank=4, model="stable-diffusion-v1-5/stable-diffusion-v1-5",
+        reward=["imagereward"],
     ),
     "d3po": dict(
         epochs=400, updates_per_epoch=20, prompts_per_epoch=80, images_per_prompt=2, num_steps=20, clip_range=0.1,

@@ -83,8 +83,8 @@ def test_models_of_few_steps_hold_three_networks_and_a_surrogate():
     assert usual["resident"] > 5 * size and min(usual["surrogate"], usual["generator"]) > usual["resident"] - 2 * size
     adapters = derive("--lora_rank", "2", "--reward_dtype", "fp16")
     with torch.device("meta"):
-        hpsv2 = memory.open_clip.CLIP(**memory.rehearsal.REWARDS["tiny"]["hpsv2"])
-    saved = usual["resident"] - adapters["resident"] - memory.size_of(hpsv2) / 2
+        blip = memory.ImageReward(memory.rehearsal.REWARDS["tiny"]["imagereward"])
+    saved = usual["resident"] - adapters["resident"] - memory.size_of(blip) / 2
     assert 1.9 * size < saved < 2 * size  # hardly any moments of the generator
 
 

@@ -75,6 +75,11 @@ def test_multi_reward_preset_runs_end_to_end(flags, tmp_path, monkeypatch):
     assert type(opened.unet).__name__ == "UNet2DConditionModel"
 
 
+def test_dpoks_preset_runs_end_to_end_on_imagereward(flags, tmp_path):
+    lines = run_of(flags, tmp_path / "run", "--preset", "dpok", "--steps_per_update", "2", "--updates_per_epoch", "1")
+    assert len(lines) == 3 and lines[1]["reward_mean"] != lines[2]["reward_mean"]
+
+
 def test_offline_draws_from_the_reference_for_ever(flags, tmp_path):
     """In the second epoch theta has moved: online its pictures have changed, offline they are still the reference's."""
     reward = "--preset small-hpsv2 --reward jpeg-compressibility --kl_weight 1 --updates_per_epoch 1".split()

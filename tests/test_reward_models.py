@@ -15,6 +15,7 @@ from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 from benchmarks import rehearsal
 from miniature import WEIGHTS
 from plumbing import reward_models
+from plumbing.image_reward import ImageReward
 from plumbing.pipeline import load_pipeline
 from plumbing.reward_models import (
     SOURCES,
@@ -24,6 +25,7 @@ from plumbing.reward_models import (
     clipscore,
     eight_bit,
     hpsv2,
+    imagereward,
     letterbox,
     local_weights,
     pickscore,
@@ -159,7 +161,7 @@ def test_prompts_are_embedded_once_and_forgotten_in_the_end():
     assert remembered(["a"]).tolist() == [[1]] and calls[1:] == [["ccc", "dddd"], ["a"]]
 
 
-@pytest.mark.parametrize("name, tolerance", [("hpsv2", 0.02), ("pickscore", 0.02), ("aesthetic", 0.01)])
+@pytest.mark.parametrize("name, tolerance", [("hpsv2", 0.02), ("pickscore", 0.02), ("aesthetic", 0.01), ("imagereward", 0.02)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_models_give_fp32_scores(weights, name, tolerance, dtype):
     scores = reward_models.LOADERS[name](weights, CPU, dtype)(pictures(), PROMPTS)
@@ -184,7 +186,7 @@ def test_the_papers_arithmetic():
 
 
 def test_tensors_saved_on_a_gpu_load(weights, tmp_path, monkeypatch):
-    for name, load in (("aesthetic", aesthetic), ("hpsv2", hpsv2)):
+    for name, load in (("aesthetic", aesthetic), ("hpsv2", hpsv2), ("imagereward", imagereward)):
         source = Path(weights[name])
         file = source / SOURCES[name].file if source.is_dir() else source
         state = torch.load(file, weights_only=True)
@@ -205,6 +207,7 @@ def test_real_architectures():
     with torch.device("meta"):
         hps = open_clip.CLIP(**rehearsal.REWARDS["full"]["hpsv2"])
         shapes = {name: rehearsal.REWARDS["full"][name] for name in ("pickscore", "clip")}
+        blip = ImageReward(rehearsal.REWARDS["full"]["imagereward"])
         clips = {name: CLIPModel(rehearsal.clip_config(shape)) for name, shape in shapes.items()}
         unet = rehearsal.UNet2DConditionModel(**rehearsal.PIPELINES["full"]["unet"])
         text = rehearsal.CLIPTextModel(rehearsal.CLIPTextConfig(**rehearsal.PIPELINES["full"]["text"]))
@@ -215,6 +218,7 @@ def test_real_architectures():
     assert count(unet) == 859_520_964 and count(text) == 123_060_480
     assert count(hps) == count(clips["pickscore"]) == 986_109_441
     assert count(clips["clip"]) == 427_616_513
+    assert count(blip) == 446_206_689
 
 
 def test_missing_and_wrong_weights_say_what_belongs_where(weights, tmp_path, monkeypatch):
@@ -222,7 +226,7 @@ def test_missing_and_wrong_weights_say_what_belongs_where(weights, tmp_path, mon
     monkeypatch.setattr(reward_models, "hf_hub_download", offline)
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
     monkeypatch.setattr(CLIPModel, "from_pretrained", offline)
-    for name in ("hpsv2", "hpsv2.1", "pickscore", "aesthetic", "clipscore"):
+    for name in ("hpsv2", "hpsv2.1", "pickscore", "imagereward", "aesthetic", "clipscore"):
         source = SOURCES["clip" if name == "clipscore" else name]
         with pytest.raises(ValueError) as error:
             load_reward(name)
@@ -252,6 +256,7 @@ def test_a_device_that_does_not_take_weights_is_named_and_no_file_is_missed(weig
     for what, load in (
         ("the reward model 'hpsv2'", lambda: hpsv2(weights, gpu, torch.float32)),
         ("the reward model 'clip'", lambda: clip("clip", weights["clip"], gpu, torch.float32)),
+        ("the reward model 'imagereward'", lambda: imagereward(weights, gpu, torch.float32)),
         ("the reward model 'aesthetic'", lambda: load_reward("aesthetic", [f"{n}={p}" for n, p in weights.items()], gpu)),
         (f"the pipeline '{WEIGHTS}'", lambda: load_pipeline("toy", gpu)),
     ):
