@@ -99,25 +99,25 @@ class Config(Common):
     """The settings of train.py."""
 
     # The method
-    method: Literal["prdp", "ddpo", "dpok", "d3po"] = setting("prdp", "The loss and the schedule of updates.")
+    method: Literal["prdp", "ddpo", "dpok", "d3po", "grpo"] = setting("prdp", "The loss and the schedule of updates.")
     offline: bool = setting(False, "Draw all trajectories from pi_ref instead of pi_old: the ablation of Sec. 4.3.")
 
     eta: float = setting(1.0, "Noise of a step relative to DDPM's (1, the paper). 0 has no log-prob and is refused.")
 
     # Algorithm 1
     updates_per_epoch: int = setting(10, "K, gradient updates on each epoch's trajectories. With 1 the clip cannot act.")
-    kl_weight: float = setting(3e-5, "beta, in reward per unit of log-ratio (see the two reductions); dpok's and d3po's beta.")
+    kl_weight: float = setting(3e-5, "beta, in reward per unit of log-ratio (see the two reductions), or the method's own.")
     clip_range: float = setting(1e-6, "epsilon of the stepwise clip, in the unit of log-probs (Eq. 20), or of ratios around 1.")
     log_prob_reduction: Literal["mean", "sum"] = setting("mean", "Log-probs over latent dimensions: mean (paper) or sum (nats).")
     step_reduction: Literal["mean", "sum"] = setting("mean", "Log-ratios over steps: mean (Appendix G) or sum (Eq. 10).")
     reference_steps: int = setting(0, "NOT IN PAPER: ask pi_ref on so many random steps of a trajectory; 0 for all. prdp, K = 1.")
     shared_x_T: bool = setting(False, "The images of a prompt start from the same x_T. NOT IN PAPER: makes Eq. 9 exact.")
 
-    # Of one comparator only
-    reward_statistics: Literal["prompt", "batch"] = setting("prompt", "ddpo: what normalises a reward.")
+    # Of comparators only
+    reward_statistics: Literal["prompt", "batch"] = setting("prompt", "ddpo: what normalises a reward; grpo: whose deviation.")
     statistics_size: int = setting(32, "ddpo: rewards remembered for every prompt.")
     statistics_min_count: int = setting(16, "ddpo: a prompt with fewer is normalised by the batch.")
-    advantage_limit: float = setting(10.0, "ddpo: advantages are clamped to this.")
+    advantage_limit: float = setting(10.0, "ddpo, grpo (5 in its code): advantages are clamped to this.")
     score_function: bool = setting(False, "ddpo: REINFORCE instead of importance sampling; needs --updates_per_epoch 1.")
     reward_scale: float = setting(10.0, "dpok: alpha, of the reward term.")
     steps_per_update: int = setting(32, "dpok: denoising steps in one update.")
@@ -267,9 +267,9 @@ def check(config: Config, world_size: int) -> None:
     for name in (*whole, *of_methods):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
-    ablation = config.method == "dpok" and config.kl_weight == 0
+    beside = config.method in ("dpok", "grpo")  # a divergence from the reference stands beside the loss, and 0 leaves it out
     positive = ("clip_range", "learning_rate", "max_grad_norm", "advantage_limit", "reward_scale")
-    for name in positive if ablation else ("kl_weight", *positive):
+    for name in positive if beside and config.kl_weight == 0 else ("kl_weight", *positive):
         if not 0 < getattr(config, name) < float("inf"):
             raise ValueError(f"{name} must be a positive number, not {getattr(config, name)}")
     if not 0 <= config.reference_steps <= config.num_steps:
@@ -285,17 +285,18 @@ def check(config: Config, world_size: int) -> None:
         raise ValueError("d3po compares pairs from the same x_T: use --shared_x_T and an even --images_per_prompt")
     if config.method == "d3po" and config.clip_range >= 1:
         raise ValueError(f"clip_range must be below 1 for d3po, which clips a ratio, not {config.clip_range}")
-    if config.images_per_prompt < (2 if config.method in ("prdp", "d3po") else 1):
-        raise ValueError(f"images_per_prompt must be at least 2, not {config.images_per_prompt}: the loss needs pairs")
+    if config.images_per_prompt < (2 if config.method in ("prdp", "d3po", "grpo") else 1):
+        raise ValueError(f"images_per_prompt must be at least 2, not {config.images_per_prompt}: the loss compares them")
     parts = config.prompts_per_epoch * config.images_per_prompt // (2 if config.method == "d3po" else 1)
-    if config.method in ("ddpo", "d3po") and config.updates_per_epoch > parts:
+    if config.method in ("ddpo", "d3po", "grpo") and config.updates_per_epoch > parts:
         raise ValueError(
             f"updates_per_epoch={config.updates_per_epoch}: {config.method} has only {parts} disjoint parts of an epoch"
         )
-    if config.method in ("ddpo", "dpok") and config.offline:
+    if config.method in ("ddpo", "dpok", "grpo") and config.offline:
         raise ValueError(f"offline: {config.method} is for pictures that theta_old has drawn; use prdp or d3po")
-    if config.method == "dpok" and config.reference_on_cpu:
-        raise ValueError("reference_on_cpu: dpok asks the reference at every step; use lora_rank, which needs no second UNet")
+    if beside and config.kl_weight and config.reference_on_cpu:
+        needed = "use lora_rank, which needs no second UNet"
+        raise ValueError(f"reference_on_cpu: {config.method} asks the reference at every step; {needed}")
     if config.prompts_per_epoch * config.images_per_prompt < world_size:
         trajectories = f"prompts_per_epoch={config.prompts_per_epoch} x images_per_prompt={config.images_per_prompt}"
         raise ValueError(f"{trajectories} are fewer trajectories than the {world_size} processes, each of which draws some")

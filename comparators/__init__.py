@@ -10,6 +10,7 @@ A further method is one more file, a name in config.py's `method`, and a case he
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -17,23 +18,26 @@ from comparators.d3po import D3PO
 from comparators.ddpo import DDPO
 from comparators.dpok import DPOK
 from comparators.epoch import stream
+from comparators.grpo import GRPO
 from config import Config
 from sampler import Policy
 
-Comparator = DDPO | DPOK | D3PO
+Comparator = DDPO | DPOK | D3PO | GRPO
 
 
-def chosen(config: Config, policy: Policy, **of_dpok) -> Comparator | None:
-    """The comparator of config.method, None for PRDP itself; of_dpok: what its critic and divergence need, see DPOK."""
+def chosen(config: Config, policy: Policy, *, mu_ref: Callable | None = None, **of_dpok) -> Comparator | None:
+    """The comparator of config.method, None for PRDP itself. mu_ref: for divergences; of_dpok: for its critic (DPOK)."""
     match config.method:
         case "prdp":
             return None
         case "ddpo":
             return DDPO(config)
         case "dpok":
-            return DPOK(config, policy, **of_dpok)
+            return DPOK(config, policy, mu_ref=mu_ref, **of_dpok)
         case "d3po":
             return D3PO(config)
+        case "grpo":
+            return GRPO(config, policy, mu_ref)
 
 
 def asked_of_reference(config: Config, comparator: Comparator | None, shape: tuple[int, int, int], epoch: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from comparators.epoch import Epoch, Update, parts_of_table, stream
+from comparators.epoch import Epoch, Update, disjoint_parts
 from config import Config
 
 
@@ -52,9 +52,7 @@ class D3PO:
         self.remembers = {}
 
     def entries(self, N: int, B: int, S: int, epoch: int) -> list[Tensor]:
-        pairs = N * B // 2
-        parts = torch.randperm(pairs, generator=stream(self.config.seed, epoch)).tensor_split(self.config.updates_per_epoch)
-        return parts_of_table(parts, pairs, N, B, S)
+        return disjoint_parts(N * B // 2, N, B, S, self.config, epoch)
 
     def updates(self, epoch: Epoch) -> Iterator[Update]:
         config = self.config

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from comparators.epoch import Epoch, Update, parts_of_table, stream
+from comparators.epoch import Epoch, Update, disjoint_parts
 from config import Config
 
 
@@ -77,8 +77,7 @@ class DDPO:
         self.remembers = {"rewards": self.statistics}
 
     def entries(self, N: int, B: int, S: int, epoch: int) -> list[Tensor]:
-        parts = torch.randperm(N * B, generator=stream(self.config.seed, epoch)).tensor_split(self.config.updates_per_epoch)
-        return parts_of_table(parts, N * B, N, B, S)
+        return disjoint_parts(N * B, N, B, S, self.config, epoch)
 
     def updates(self, epoch: Epoch) -> Iterator[Update]:
         config = self.config

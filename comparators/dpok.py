@@ -14,12 +14,17 @@ from torch import Tensor, nn
 
 from comparators.epoch import Epoch, Update, parts_of_table, stream
 from config import Config
-from sampler import Condition, Policy, Trajectories
+from sampler import REDUCTIONS, Condition, Policy, Trajectories
 
 
 def gaussian_kl(mu: Tensor, mu_ref: Tensor, sigma: Tensor) -> Tensor:
     """KL(N(mu, sigma^2) || N(mu_ref, sigma^2)) of every latent dimension, (mu - mu_ref)^2 / (2 sigma^2), in nats."""
     return (mu - mu_ref) ** 2 / (2 * sigma**2)
+
+
+def exact_kl(mu: Tensor, mu_ref: Tensor, sigma: Tensor, reduction: str) -> Tensor:
+    """gaussian_kl of each row, (M, C, H, W) -> (M,) in fp64, the mean or the sum over latent dimensions as of log-probs."""
+    return REDUCTIONS[reduction](gaussian_kl(mu, mu_ref, sigma).flatten(1).double(), 1)
 
 
 def noise_difference(mu: Tensor, mu_ref: Tensor, k_t: Tensor) -> Tensor:
@@ -114,14 +119,10 @@ class DPOK:
         return values.view_as(epoch.log_probs_old).to(epoch.log_probs_old)
 
     def divergence(self, x_t: Tensor, i: Tensor, cond: Condition, mu: Tensor, sigma: Tensor) -> Tensor:
-        """How far single steps are from the reference's, (M, C, H, W) -> (M,), with gradient through mu; --kl_form.
-
-        The exact one reduces its latent dimensions as those of log-probs.
-        """
+        """How far single steps are from the reference's, (M, C, H, W) -> (M,), with gradient through mu; --kl_form."""
         mu_ref, schedule = self.mu_ref(x_t, i, cond), self.policy.schedule
         if self.config.kl_form == "exact":
-            kl = gaussian_kl(mu, mu_ref, sigma).flatten(1).double()
-            return kl.mean(1) if self.policy.log_prob_reduction == "mean" else kl.sum(1)
+            return exact_kl(mu, mu_ref, sigma, self.policy.log_prob_reduction)
         k = schedule.epsilon_weight - schedule.alpha[1:] * schedule.s[:-1] / schedule.alpha[:-1]
         return noise_difference(mu, mu_ref, k[i].to(mu).view(-1, 1, 1, 1)).flatten(1).double().mean(1)
 

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from config import Config
 from sampler import Condition, Trajectories
 
 
@@ -19,6 +20,12 @@ def parts_of_table(parts: Iterable[Tensor], groups: int, N: int, B: int, S: int)
     """Of an (N, B, S) table that consists of equal groups of neighbouring entries the parts, as masks: some groups each."""
     empty = torch.zeros(groups, N * B * S // groups, dtype=torch.bool)
     return [empty.index_fill(0, some, True).view(N, B, S) for some in parts]
+
+
+def disjoint_parts(groups: int, N: int, B: int, S: int, config: Config, epoch: int) -> list[Tensor]:
+    """K parts of the table that together are all of it: as many of its groups in each, to one, drawn anew in every epoch."""
+    parts = torch.randperm(groups, generator=stream(config.seed, epoch)).tensor_split(config.updates_per_epoch)
+    return parts_of_table(parts, groups, N, B, S)
 
 
 class Share(Protocol):

@@ -34,7 +34,7 @@ class Parser(OneLineParser, HfArgumentParser):
 
 def parse(
     argv: list[str], kind: type = Config, presets: dict[str, dict] = PRESETS, prog: str = "train.py",
-    description: str = "Finetuning by PRDP, DDPO, DPOK or D3PO.",
+    description: str = "Finetuning by PRDP, DDPO, DPOK, D3PO or Flow-GRPO.",
 ):  # fmt: skip
     """A `kind` from the command line: defaults, then the preset's or the resumed run's settings, then the flags given.
 

@@ -14,7 +14,7 @@ from plumbing.reward_models import SOURCES
 
 PAPERS = {
     "prdp": ("PRDP", "2402.08714"), "ddpo": ("DDPO", "2305.13301"), "dpok": ("DPOK", "2305.16381"),
-    "d3po": ("D3PO", "2311.13231"), "lasro": ("LaSRO", "2411.15247"),
+    "d3po": ("D3PO", "2311.13231"), "grpo": ("Flow-GRPO", "2505.05470"), "lasro": ("LaSRO", "2411.15247"),
 }  # fmt: skip
 LICENCES = {
     **dict.fromkeys(miniature.PIPELINES, "mit"),

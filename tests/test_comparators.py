@@ -1,6 +1,8 @@
-"""DDPO, DPOK and D3PO: the identities of their papers, on tables small enough to check by hand or by quadrature."""
+"""DDPO, DPOK, D3PO and Flow-GRPO: the identities of their papers, on tables small enough to check by hand or by quadrature."""
 
+import dataclasses
 import math
+from statistics import mean, pstdev
 
 import numpy as np
 import pytest
@@ -9,8 +11,11 @@ from conftest import SD_V1_4_SCHEDULER, answering
 from torch.distributions import Normal, kl_divergence
 
 from comparators.d3po import d3po_loss, preferences
-from comparators.ddpo import PromptStatistics, batch_advantages, importance_sampling_loss, score_function_loss
+from comparators.ddpo import DDPO, PromptStatistics, batch_advantages, importance_sampling_loss, score_function_loss
 from comparators.dpok import Critic, dpok_loss, gaussian_kl
+from comparators.epoch import Epoch, Update
+from comparators.grpo import GRPO, group_advantages
+from config import preset
 from plumbing.pipeline import ddim_scheduler, noise_schedule
 from sampler import REDUCTIONS, gaussian, gaussian_log_prob
 
@@ -286,3 +291,104 @@ def test_d3po_sees_only_the_order_of_rewards():
     )
     with pytest.raises(ValueError, match="must be even"):
         preferences(torch.ones(2, 3))
+
+
+# -------------------------------------------------------------------------------------------------------- Flow-GRPO
+
+
+def updates_of(method: GRPO | DDPO, rewards: torch.Tensor, log_probs_old: torch.Tensor) -> list[Update]:
+    """Those of an epoch of which there are only tables."""
+    prompts = [f"prompt {n}" for n in range(len(rewards))]
+    entries = method.entries(*log_probs_old.shape, 0)
+    return list(method.updates(Epoch(prompts, rewards, log_probs_old, log_probs_old, entries, None, None, 0)))
+
+
+def grpo(**settings) -> GRPO:
+    return GRPO(preset("toy", method="grpo", **{"kl_weight": 0} | settings), None, None)
+
+
+def test_grpo_advantages_by_hand():
+    """Deviations 1 and 10 of the prompts; 131.5 is the variance of all four."""
+    rewards = torch.tensor([[1.0, 3.0], [10.0, 30.0]])
+    of_group, of_epoch = (group_advantages(rewards, 5, of_epoch=of_epoch) for of_epoch in (False, True))
+    one, ten = 1 / 1.0001, 10 / 10.0001
+    assert of_group.flatten().tolist() == pytest.approx([-one, one, -ten, ten], rel=1e-12)
+    all_four = math.sqrt(131.5) + 1e-4
+    assert of_epoch.flatten().tolist() == pytest.approx([x / all_four for x in (-1, 1, -10, 10)], rel=1e-12)
+    assert group_advantages(rewards, 0.5, of_epoch=True).flatten().tolist() == pytest.approx([*of_epoch[0].tolist(), -0.5, 0.5])
+    for statistics, advantages in (("prompt", of_group), ("batch", of_epoch)):
+        log_probs = torch.zeros(2, 2, 1, dtype=torch.float64, requires_grad=True)
+        (update,) = updates_of(grpo(reward_statistics=statistics), rewards, log_probs.detach())
+        torch.testing.assert_close(gradient(update.loss(log_probs), log_probs), -advantages.unsqueeze(-1) / 4)
+
+
+@pytest.mark.parametrize("statistics", ["prompt", "batch"])
+@pytest.mark.parametrize("size", [2, 3, 7, 24, 100])
+def test_grpo_equal_rewards_say_nothing(size, statistics):
+    """To the bit: of an epoch without differences Adam would make steps of what is left of them by rounding."""
+    rewards = torch.stack([torch.full((size,), 0.1), torch.full((size,), 1 / 3), torch.linspace(-1, 1, size)])
+    log_probs = table(3, size, 2).requires_grad_()
+    for some, differing in ((rewards, 1), (rewards[:2], 0)):
+        (update,) = updates_of(grpo(reward_statistics=statistics), some, log_probs[: len(some)].detach())
+        grad = gradient(update.loss(log_probs[: len(some)]), log_probs)
+        assert grad[:2].abs().max() == 0 and grad.isfinite().all() and grad[2].abs().max().sign() == differing
+
+
+def test_grpo_on_policy_is_reinforce_with_the_groups_advantage():
+    """In every minibatch the gradient by its log-probs is -A over their number."""
+    rewards, log_probs = table(3, 4, seed=1), table(3, 4, 5).requires_grad_()
+    by_hand = [[(r - mean(row)) / (pstdev(row) + 1e-4) for r in row] for row in rewards.tolist()]
+    expected = -torch.tensor(by_hand, dtype=torch.float64).unsqueeze(-1)
+    for number in (1, 4):
+        updates = updates_of(grpo(updates_per_epoch=number), rewards, log_probs.detach())
+        assert len(updates) == number
+        for update in updates:
+            assert update.entries.sum() == 60 // number
+            found = gradient(update.loss(log_probs), log_probs)
+            torch.testing.assert_close(found, expected * update.entries / update.entries.sum())
+    torch.testing.assert_close(found, gradient(score_function_loss(log_probs, -expected[..., 0]), log_probs) * 4 * update.entries)
+
+
+def test_grpo_clip_sides():
+    """Beyond the range in the wanted direction the gradient is zero; on the other side it is -rho A of the whole."""
+    rewards, old = torch.tensor([[1.0, 0.0]]), torch.zeros(1, 2, 2, dtype=torch.float64)
+    (update,) = updates_of(grpo(clip_range=0.1), rewards, old)
+    moved = torch.tensor([[[0.2, -0.2], [0.2, -0.2]]], dtype=torch.float64, requires_grad=True)
+    one = 0.5 / (0.5 + 1e-4)  # the advantages are this and minus this
+    expected = [0, -one * math.exp(-0.2) / 4, one * math.exp(0.2) / 4, 0]
+    assert gradient(update.loss(moved), moved).flatten().tolist() == pytest.approx(expected, abs=1e-12)
+    value = -one * (1.1 + math.exp(-0.2) - math.exp(0.2) - 0.9) / 4
+    assert update.loss(moved).item() == pytest.approx(value)
+
+
+def test_grpo_is_ddpo_where_a_prompts_statistics_are_of_its_group():
+    """Only the deviation's summands differ, 1e-4 and 1e-6: nothing beside rewards this large."""
+    rewards, old, moved = 1e4 * table(3, 4, seed=1), table(3, 4, 5), table(3, 4, 5, seed=2, scale=0.1)
+    settings = dict(updates_per_epoch=3, clip_range=0.05, advantage_limit=1.2)
+    ddpo = DDPO(preset("toy", method="ddpo", statistics_size=4, statistics_min_count=4, **settings))
+    for ours, ddpos in zip(updates_of(grpo(**settings), rewards, old), updates_of(ddpo, rewards, old), strict=True):
+        assert torch.equal(ours.entries, ddpos.entries)
+        log_probs = (old + moved).requires_grad_()
+        found, expected = (gradient(update.loss(log_probs), log_probs) for update in (ours, ddpos))
+        torch.testing.assert_close(ours.loss(log_probs), ddpos.loss(log_probs), rtol=1e-7, atol=0)
+        torch.testing.assert_close(found, expected, rtol=1e-7, atol=0)
+        assert (found == 0).sum() > (~ours.entries).sum()  # the clip acts
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_grpo_kl_is_torchs(reduction):
+    schedule = noise_schedule(ddim_scheduler(SD_V1_4_SCHEDULER, 50), 1.0)
+    x_t, noise, noise_ref = table(2, 4, 8, 8), table(2, 4, 8, 8, seed=1), table(2, 4, 8, 8, seed=2)
+    policy, step = dataclasses.replace(answering(schedule, noise), log_prob_reduction=reduction), torch.tensor([0, 20])
+    (mu, sigma), (mu_ref, _) = (gaussian(pi, x_t, step, None) for pi in (policy, answering(schedule, noise_ref)))
+    method = GRPO(preset("toy", method="grpo", updates_per_epoch=2, kl_weight=0.5), policy, lambda *_: mu_ref)
+    first, _ = updates_of(method, table(3, 4), table(3, 4, 5))
+    assert first.kl_weight == 0.5 / 30  # of a mean over the entries
+    kl = first.kl(x_t, step, None, mu.requires_grad_(), sigma)
+    expected = REDUCTIONS[reduction](kl_divergence(Normal(mu, sigma), Normal(mu_ref, sigma)).flatten(1), 1)
+    torch.testing.assert_close(kl, expected)
+    torch.testing.assert_close(gradient(kl.sum(), mu), gradient(expected.sum(), mu))
+
+
+def test_grpo_without_kl_asks_for_no_reference():
+    assert all(update.kl is None and update.kl_weight == 0 for update in updates_of(grpo(), table(3, 4), table(3, 4, 5)))

@@ -82,6 +82,11 @@ def test_every_preset_but_the_miniature_is_a_papers():
     assert parse(["--preset", "toy", "--epochs", "3"]).epochs == 3
 
 
+@pytest.mark.parametrize("method", ["dpok", "grpo"])
+def test_without_a_divergence_the_reference_may_wait_on_the_cpu(method):
+    check(parse(["--method", method, "--kl_weight", "0", "--reference_on_cpu"]), 1)
+
+
 def bare_command(capsys, *more) -> str:
     with pytest.raises(SystemExit) as stopped:
         train.main(list(more))

@@ -25,6 +25,7 @@ METHODS = {
     "ddpo": "--epochs 1 --method ddpo --updates_per_epoch 2",
     "dpok": "--epochs 1 --method dpok --kl_form exact",
     "d3po": "--epochs 1 --method d3po --shared_x_T --clip_range 0.1",
+    "grpo": "--epochs 1 --method grpo --updates_per_epoch 2",
 }
 
 

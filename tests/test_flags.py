@@ -28,7 +28,7 @@ def write_checkpoint(run, settings):
     [
         ({"quantum": True}, "it was begun with quantum=True; this version has no such setting"),
         ({"autocast": "fp16"}, "it was begun with autocast=fp16; now it is no or bf16"),
-        ({"method": "magic"}, "it was begun with method=magic; now it is prdp or ddpo or dpok or d3po"),
+        ({"method": "magic"}, "it was begun with method=magic; now it is prdp or ddpo or dpok or d3po or grpo"),
     ],
 )
 def test_a_run_begun_with_what_has_vanished_is_told_so(tmp_path, saved, message):

@@ -61,7 +61,9 @@ def test_rounding_grows_with_speed(capsys):
     assert deviations["fp32"] < 2e-5 and deviations["fp32"] < deviations["tf32"] < deviations["bf16"] < 0.1
 
 
-@pytest.mark.parametrize("flags", ["", "--method ddpo", "--method dpok", "--method d3po --shared_x_T --images_per_prompt 4"])
+@pytest.mark.parametrize(
+    "flags", ["", "--method ddpo", "--method dpok", "--method grpo", "--method d3po --shared_x_T --images_per_prompt 4"]
+)
 def test_methods_train_as_on_the_cpu(flags, model_folder, tmp_path, monkeypatch):
     """Rewards and the first gradient, before Adam makes even steps of what is rounding."""
     torch.cuda.reset_peak_memory_stats()

@@ -14,9 +14,7 @@ from test_train import metrics, weights
 
 import comparators
 import train
-from comparators.d3po import D3PO
-from comparators.ddpo import DDPO
-from comparators.dpok import DPOK
+from comparators import Comparator
 from comparators.epoch import Epoch, Update
 from plumbing import checkpoint
 from plumbing.flags import parse
@@ -31,10 +29,11 @@ FLAGS = {
     "ddpo": "--method ddpo --updates_per_epoch 3 --statistics_min_count 5",  # from the second epoch on by prompt
     "dpok": "--method dpok --updates_per_epoch 3 --steps_per_update 20 --kl_weight 0.5",
     "d3po": "--method d3po --updates_per_epoch 2 --shared_x_T --kl_weight 0.1 --clip_range 0.1",
+    "grpo": "--method grpo --updates_per_epoch 2 --kl_weight 0.5",
 }
 
 
-def an_epoch(pipe, *flags) -> tuple[Epoch, DDPO | DPOK | D3PO, Policy]:
+def an_epoch(pipe, *flags) -> tuple[Epoch, Comparator, Policy]:
     """An epoch's tables on the small pipeline, with method and policy."""
     policy = make_policy(pipe)
     prompts = [f"a {colour} ring on a black background" for colour in ("red", "white", "cyan")]
@@ -47,11 +46,11 @@ def an_epoch(pipe, *flags) -> tuple[Epoch, DDPO | DPOK | D3PO, Policy]:
     return epoch, method, policy
 
 
-def method_of(settings, policy, mu_ref=None) -> DDPO | DPOK | D3PO:
+def method_of(settings, policy, mu_ref=None) -> Comparator:
     return comparators.chosen(settings, policy, text_width=16, text_of=pooled, mu_ref=mu_ref, all_sum_gradients=all_sum_gradients)
 
 
-@pytest.mark.parametrize("name", ["ddpo", "d3po"])
+@pytest.mark.parametrize("name", ["ddpo", "d3po", "grpo"])
 def test_minibatches_are_disjoint_and_cover_the_epoch(pipe, name):
     epoch, method, _ = an_epoch(pipe, *FLAGS[name].split())
     updates = list(method.updates(epoch))
@@ -97,7 +96,7 @@ def test_updates_are_shared_out_evenly(pipe, name, steps, limit, processes, monk
         assert fullest <= limit * sum(math.ceil(some.sum().item() / unit / processes) * unit for some in entries)
 
 
-@pytest.mark.parametrize("name, needed", [("prdp", True), ("d3po", True), ("ddpo", False), ("dpok", False)])
+@pytest.mark.parametrize("name, needed", [("prdp", True), ("d3po", True), ("ddpo", False), ("dpok", False), ("grpo", False)])
 def test_the_reference_is_asked_only_what_is_needed(pipe, name, needed):
     config = parse(["--method", name, "--shared_x_T", "True"])
     method = method_of(config, make_policy(pipe))
@@ -172,10 +171,13 @@ def test_part_of_a_table_is_that_part_of_the_whole(pipe):
     torch.testing.assert_close(part[entries], drawn.log_probs[entries], rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("form", ["exact", "eps_mse"])
+DIVERGENCES = ["--method dpok --kl_form exact", "--method dpok --kl_form eps_mse", "--method grpo"]
+
+
+@pytest.mark.parametrize("flags", DIVERGENCES)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_gradient_with_a_divergence_equals_autograd(form, reduction):
-    """Against the formulas of DPOK written out on the predicted noises, with a graph over all steps."""
+def test_gradient_with_a_divergence_equals_autograd(flags, reduction):
+    """Against the formulas written out on the steps or the predicted noises, with a graph over all steps."""
     pipes = [make_pipeline(seed) for seed in (0, 1)]
     for pipe in pipes:
         pipe.unet.double()
@@ -186,9 +188,7 @@ def test_gradient_with_a_divergence_equals_autograd(form, reduction):
     table_grad, kl_grad = (torch.randn(drawn.log_probs.shape, generator=generator, dtype=torch.float64) for _ in range(2))
     kl_grad[0], table_grad[:2] = 0, 0  # one trajectory without either, one with the divergence only
 
-    method = method_of(
-        parse(["--method", "dpok", "--kl_form", form]), policy, reference_mean(policy, lambda _: nullcontext(pi_ref))
-    )
+    method = method_of(parse(flags.split()), policy, reference_mean(policy, lambda _: nullcontext(pi_ref)))
     unet = pipes[1].unet.requires_grad_(True)
     backward_through_table(policy, drawn, table_grad, 4, method.divergence, kl_grad)
     ours = torch.cat([p.grad.flatten() for p in unet.parameters() if p.grad is not None])
@@ -202,7 +202,7 @@ def test_gradient_with_a_divergence_equals_autograd(form, reduction):
         with torch.no_grad():
             output_ref = pi_ref.denoise(x_t, t, drawn.cond)
             mu_ref, _ = gaussian(pi_ref, x_t, i.expand(len(table_grad)), drawn.cond)
-        if form == "exact":
+        if "eps_mse" not in flags:
             kl = torch.distributions.kl_divergence(
                 torch.distributions.Normal(mu, sigma.expand_as(mu)), torch.distributions.Normal(mu_ref, sigma.expand_as(mu))
             ).flatten(1)
@@ -260,12 +260,12 @@ def test_dpok_with_adapters_and_checkpointing_has_the_same_gradient_without(mode
     assert one == pytest.approx(other, rel=1e-2) and one[1] > 0
 
 
-@pytest.mark.parametrize("form", ["eps_mse", "exact"])
-def test_dpok_divergence_holds_the_weights_back(form, model_folder, tmp_path):
+@pytest.mark.parametrize("flags", DIVERGENCES)
+def test_divergence_holds_the_weights_back(flags, model_folder, tmp_path):
     """Only the divergence is left of the loss: from a policy that has moved, it leads back towards the reference."""
-    left = {}
+    left, method = {}, flags.split()[1]
     for name, weight in (("free", "0"), ("held", "10000")):
-        train.main(arguments("dpok", model_folder, tmp_path / name, tmp_path, "--kl_weight", weight, "--kl_form", form,
+        train.main(arguments(method, model_folder, tmp_path / name, tmp_path, *flags.split(), "--kl_weight", weight,
                              "--critic", "False", "--updates_per_epoch", "12", "--epochs", "3"))  # fmt: skip
         left[name] = metrics(tmp_path / name)[3]["kl_nats"]
     assert 0 < left["held"] < left["free"] / 2
@@ -283,7 +283,7 @@ def test_the_state_of_another_method_is_refused(capsys, model_folder, tmp_path):
 
 
 class RewardWeighted:
-    """A fifth method: what comparators/__init__.py says one needs."""
+    """A further method: what comparators/__init__.py says one needs."""
 
     needs_reference = False
     remembers: ClassVar = {}

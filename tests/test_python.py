@@ -61,7 +61,7 @@ def test_what_is_wrong_is_an_exception(model_folder, tmp_path):
     config = preset("toy", model=str(model_folder), output_dir=str(tmp_path / "run"), **SMALL)
     for wrong, message in (
         (lambda: preset("tiny"), "unknown preset 'tiny': use small-hpsv2"),
-        (lambda: train(preset("toy", method="prpd")), "method must be prdp or ddpo or dpok or d3po, not 'prpd'"),
+        (lambda: train(preset("toy", method="prpd")), "method must be prdp or ddpo or dpok or d3po or grpo, not 'prpd'"),
         (lambda: train(preset("toy", train_batch_size=-1)), "train_batch_size must be at least 1, or 0 for auto, not -1"),
         (lambda: train(config, prompts=[]), "prompts is an empty list"),
         (lambda: evaluate(protocol="huge"), "protocol must be none or small or large, not 'huge'"),
