@@ -156,8 +156,8 @@ def finetune(config: LasroConfig, run: Run, pipe, policy: Policy, critic: Guided
     for epoch in run.epochs():
         pretraining, order = epoch < config.pretraining_epochs, torch.Generator().manual_seed(config.seed + 1_000_003 * epoch)
         drawn, share = draw_prompts(prompts, N, epoch, config.seed), Share([torch.ones(N, B, T)])
-        names = [(epoch, *divmod(row, B), 0) for row in share.rows.tolist()]
-        texts = [drawn[n] for _, n, _, _ in names]
+        names = [(config.seed, epoch, *divmod(row, B), 0) for row in share.rows.tolist()]
+        texts = [drawn[n] for _, _, n, _, _ in names]
 
         @torch.no_grad()
         def draw() -> list[Tensor]:
@@ -165,7 +165,7 @@ def finetune(config: LasroConfig, run: Run, pipe, policy: Policy, critic: Guided
             for start in range(0, len(names), config.sample_batch_size):
                 some = slice(start, start + config.sample_batch_size)
                 cond = encode_prompts(pipe, texts[some])
-                z = generate(policy, draw_noise(policy, config.seed, names[some], T), cond)
+                z = generate(policy, draw_noise(policy, names[some], T), cond)
                 parts.append((z.cpu(), surrogate_scores(critic, z, cond).cpu()))  # before the surrogate learns from them
             return [torch.cat(column) for column in zip(*parts, strict=True)]
 
@@ -200,7 +200,7 @@ def finetune(config: LasroConfig, run: Run, pipe, policy: Policy, critic: Guided
                 places, i = (torch.randint(most, (G,), generator=order) for most in (len(anchor.prompts), anchor.levels))
 
                 def l_gen(some: list[int]) -> tuple[Tensor, Tensor]:
-                    noise = draw_noise(policy, config.seed, [(epoch, k * G + row, 0, 2) for row in some], T + 1)
+                    noise = draw_noise(policy, [(config.seed, epoch, k * G + row, 0, 2) for row in some], T + 1)
                     cond = encode_prompts(pipe, [told[row] for row in some])
                     found = surrogate_scores(critic, generate(policy, noise[:, :T], cond), cond)
                     held_to = encode_prompts(pipe, [anchor.prompts[n] for n in places[some].tolist()])

@@ -4,23 +4,21 @@ A denoising step is a draw from a Gaussian policy,
 
     pi_theta(x_{t-1} | x_t, c) = N(mu_theta(x_t, c), sigma_t^2 I)                                       (Eq. 2)
 
-whose mean comes from the network and whose sigma_t is fixed by the noise schedule. Everything the losses need to know of the
-network is the table of log pi_theta(x_{t-1} | x_t, c), one entry per trajectory and step. This file draws trajectories, fills
-that table at stored latents, and pushes the derivative of any function of it back into the weights. It knows no network: a
-policy denoises, a condition can be indexed by rows, and plumbing/pipeline.py makes both.
+whose mean comes from the network and whose sigma_t is fixed by the noise schedule. All the losses need to know of the network is
+the table of log pi_theta(x_{t-1} | x_t, c), an entry per trajectory and step. This file draws trajectories, fills that table at
+stored latents, and pushes the derivative of any function of it back into the weights. It knows no network: a policy denoises, a
+condition can be indexed by rows, and plumbing/pipeline.py makes both.
 
 Letters: M trajectories of one process, T steps, S of them with noise (all, unless the schedule ends without), D = C*H*W.
-
-Units: log-probs are averaged over the D latent dimensions by default, the convention of DDPO, which the paper's epsilon (Eq. 20)
-and beta (Eq. 14) assume; `log_prob_reduction="sum"` is the log-density itself, in nats. The two differ by the factor D: 1e-4 on
-the mean is 1.64 nats for Stable Diffusion (D = 16384) and 0.0768 nats for the miniature (D = 768).
+Units: log-probs are means over the D latent dimensions, as the paper's epsilon (Eq. 20) and beta (Eq. 14) assume, or with
+`log_prob_reduction="sum"` in nats. 1e-4 on the mean is 1.64 nats for Stable Diffusion (D = 16384), 0.0768 for the miniature.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,52 +26,43 @@ from torch import Tensor
 
 REDUCTIONS = {"mean": torch.mean, "sum": torch.sum}
 EVALUATION = 2**32 - 1  # stands in for the epoch where noise is for evaluation, so that no training epoch shares it
+Condition = Any  # what the network is conditioned on, a row per trajectory; cond[rows], by tensor or slice, is one again
+Weights = tuple[Tensor, Tensor, Tensor]  # of a schedule's steps: of x_0 and of epsilon in mu, and sigma, (T,) each
 
 
-class Condition(Protocol):
-    """What the network is conditioned on, a row per trajectory; the rows of a condition are a condition."""
+def ddim(schedule: "Schedule") -> Weights:
+    """sigma = eta s' sqrt(1 - (alpha s' / alpha' s)^2), and the rest of s' for epsilon (Eq. 12, 16 of DDIM, arXiv 2010.02502).
 
-    def __getitem__(self, rows: Tensor | slice) -> "Condition": ...
+    eta = 1 is the DDPM posterior, the paper's sampler: the same mean and the same variance. eta = 0 has no noise.
+    """
+    alpha, s, alpha_prev, s_prev = schedule.alpha[:-1], schedule.s[:-1], schedule.alpha[1:], schedule.s[1:]
+    sigma = schedule.eta * s_prev * (1 - (alpha * s_prev / (alpha_prev * s)) ** 2).clamp(min=0).sqrt()
+    return alpha_prev, (s_prev**2 - sigma**2).clamp(min=0).sqrt(), sigma
 
 
 @dataclass(frozen=True)
 class Schedule:
     """The noise levels of T steps: before step i the latent is alpha[i] x_0 + s[i] epsilon, after it alpha[i+1] x_0 + ...
 
-    A variance-preserving diffusion has (alpha, s) = (sqrt(alpha_bar), sqrt(1 - alpha_bar)). All is on the policy's device.
+    A variance-preserving diffusion has (alpha, s) = (sqrt(alpha_bar), sqrt(1 - alpha_bar)), a rectified flow (1 - t, t).
     """
 
     timesteps: Tensor  # (T,) what the network is told, from noise to picture
     alpha: Tensor  # (T+1,) fp64
     s: Tensor  # (T+1,) fp64
     eta: float = 1.0  # noise of a step relative to DDPM's
-    prediction_type: str = "epsilon"  # what the network puts out: epsilon or v_prediction
+    prediction_type: str = "epsilon"  # what the network puts out: epsilon, v_prediction or flow
     x_0_limit: float = math.inf  # predicted x_0 are clipped to this
-    consistency: bool = False  # a step goes to x_0 and draws all noise anew, as consistency models are sampled; eta is not read
+    rule: Callable[["Schedule"], Weights] = ddim  # how a step is made of predicted x_0, predicted epsilon and noise
 
     @cached_property
-    def sigma(self) -> Tensor:
-        """Standard deviation of every step, eta s' sqrt(1 - (alpha s' / alpha' s)^2), (T,)  (Eq. 16 of DDIM); or s' whole."""
-        if self.consistency:
-            return self.s[1:]
-        left = (self.alpha[:-1] * self.s[1:] / (self.alpha[1:] * self.s[:-1])) ** 2
-        return self.eta * self.s[1:] * (1 - left).clamp(min=0).sqrt()
-
-    @cached_property
-    def epsilon_weight(self) -> Tensor:
-        """What is left of s' beside the fresh noise, sqrt(s'^2 - sigma^2), (T,): the weight of epsilon in mu."""
-        return (self.s[1:] ** 2 - self.sigma**2).clamp(min=0).sqrt()
+    def weights(self) -> Weights:
+        return self.rule(self)
 
     @cached_property
     def noisy(self) -> Tensor:
-        """Indices (S,) into the T steps of those that draw noise, on the CPU.
-
-        NOT IN PAPER: a step with sigma = 0, which some schedules end with, has no log-prob and is left out of the table.
-        """
-        return self.sigma.cpu().nonzero().flatten()
-
-    def to(self, device: torch.device) -> "Schedule":
-        return replace(self, timesteps=self.timesteps.to(device), alpha=self.alpha.to(device), s=self.s.to(device))
+        """Indices (S,) of the steps with noise, on the CPU. NOT IN PAPER: one with sigma = 0 has no log-prob, and no entry."""
+        return self.weights[2].cpu().nonzero().flatten()
 
 
 @dataclass(frozen=True)
@@ -107,19 +96,12 @@ class Trajectories:
 
 
 def gaussian(policy: Policy, x_t: Tensor, i: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of x_{t-1} given x_t (Eq. 2; Eq. 12 and 16 of DDIM, arXiv 2010.02502).
-
-    x_t: (M, C, H, W); i: (M,) indices of their steps, on its device. Returns mu (M, C, H, W), sigma (M, 1, 1, 1), at least fp32.
-    eta = 1 is the DDPM posterior, the paper's sampler: the same mean and the same variance.
-    """
+    """mu (M, C, H, W) and sigma (M, 1, 1, 1) of x_{t-1} given x_t (M, C, H, W), at least fp32 (Eq. 2); i: (M,) their steps."""
     schedule = policy.schedule
     output = policy.denoise(x_t, schedule.timesteps[i], cond)
     x_t = x_t.to(output.dtype)
-
-    def of_step(levels: Tensor) -> Tensor:
-        return levels[i].to(x_t).view(-1, 1, 1, 1)
-
-    alpha_t, s_t, alpha_prev = map(of_step, (schedule.alpha[:-1], schedule.s[:-1], schedule.alpha[1:]))
+    of_steps = (levels[i].to(x_t).view(-1, 1, 1, 1) for levels in (schedule.alpha, schedule.s, *schedule.weights))
+    alpha_t, s_t, x_0_weight, epsilon_weight, sigma = of_steps
     match schedule.prediction_type:
         case "epsilon":
             x_0 = (x_t - s_t * output) / alpha_t
@@ -127,10 +109,13 @@ def gaussian(policy: Policy, x_t: Tensor, i: Tensor, cond: Condition) -> tuple[T
         case "v_prediction":
             x_0 = alpha_t * x_t - s_t * output
             epsilon = alpha_t * output + s_t * x_t
+        case "flow":  # the velocity epsilon - x_0
+            x_0 = x_t - s_t * output
+            epsilon = x_t + alpha_t * output
         case other:
-            raise ValueError(f"prediction_type must be epsilon or v_prediction, not {other}")
+            raise ValueError(f"prediction_type must be epsilon, v_prediction or flow, not {other}")
     x_0 = x_0.clamp(-schedule.x_0_limit, schedule.x_0_limit)
-    return alpha_prev * x_0 + of_step(schedule.epsilon_weight) * epsilon, of_step(schedule.sigma)
+    return x_0_weight * x_0 + epsilon_weight * epsilon, sigma
 
 
 def gaussian_log_prob(x_prev: Tensor, mu: Tensor, sigma: Tensor, reduction: str) -> Tensor:
@@ -138,8 +123,7 @@ def gaussian_log_prob(x_prev: Tensor, mu: Tensor, sigma: Tensor, reduction: str)
     if reduction not in REDUCTIONS:
         raise ValueError(f"log_prob_reduction must be one of {', '.join(REDUCTIONS)}, not {reduction!r}")
     log_prob = -((x_prev - mu) ** 2) / (2 * sigma**2) - sigma.log() - math.log(2 * math.pi) / 2
-    # In fp64: the paper's small-scale epsilon, 1e-6, is within the rounding of an fp32 sum.
-    return REDUCTIONS[reduction](log_prob.flatten(1).double(), 1)
+    return REDUCTIONS[reduction](log_prob.flatten(1).double(), 1)  # the paper's epsilon of 1e-6 is within an fp32 sum's rounding
 
 
 def noise_generator(seed: int, epoch: int, prompt: int, image: int, stream: int) -> torch.Generator:
@@ -148,10 +132,11 @@ def noise_generator(seed: int, epoch: int, prompt: int, image: int, stream: int)
     return torch.Generator().manual_seed(int(state[0]))
 
 
-def draw_noise(policy: Policy, seed: int, names: list[tuple], count: int) -> Tensor:
-    """(M, count, C, H, W); that of a picture depends on its name (epoch, n, b, stream) alone."""
-    generators = [noise_generator(seed, *name) for name in names]
-    return torch.stack([torch.randn(count, *policy.latent_shape, generator=g) for g in generators]).to(policy.device)
+def draw_noise(policy: Policy, names: Sequence[tuple[int, ...]], count: int) -> Tensor:
+    """(M, count, C, H, W); that of a picture depends on its name (seed, epoch, prompt, image, stream) alone."""
+    generators = [noise_generator(*name) for name in names]
+    noise = [torch.randn(count, *policy.latent_shape, generator=g, dtype=policy.dtype) for g in generators]
+    return torch.stack(noise).to(policy.device)
 
 
 @torch.no_grad()
@@ -165,33 +150,28 @@ def sample_trajectories(
     shared_x_T: the images of a prompt start from the same x_T, so that Z(c, x_T) cancels exactly in Eq. 9.
     keep_on: where the latents are kept; by default where they are drawn.
     """
-    noisy = policy.schedule.noisy.tolist()
-    latents, log_probs = [], []
-
-    def draw(generators: list[torch.Generator]) -> Tensor:
-        return torch.stack([torch.randn(policy.latent_shape, generator=g, dtype=policy.dtype) for g in generators])
-
+    noisy, latents, log_probs = policy.schedule.noisy.tolist(), [], []
     for start in range(0, len(names), batch_size):
         batch, c = names[start : start + batch_size], cond[start : start + batch_size]
-        first = [noise_generator(s, e, n, 0 if shared_x_T else b, stream=0) for s, e, n, b in batch]
-        later = [noise_generator(s, e, n, b, stream=1) for s, e, n, b in batch]
-        # All noise of the batch in one copy: a GPU never waits for the CPU between steps.
-        x_T, *noise = torch.stack([draw(first), *(draw(later) for _ in noisy)]).to(policy.device)
-        x, log_prob, noise = [x_T], [], iter(noise)
+        first = [(seed, epoch, n, 0 if shared_x_T else b, 0) for seed, epoch, n, b in batch]
+        # All noise of the batch before its steps: a GPU never waits for the CPU between them.
+        x, noise = [draw_noise(policy, first, 1)[:, 0]], draw_noise(policy, [(*name, 1) for name in batch], len(noisy))
+        log_prob = torch.empty(len(batch), len(noisy), dtype=torch.float64, device=policy.device)
         for i in range(len(policy.schedule.timesteps)):
             mu, sigma = gaussian(policy, x[-1], torch.full((len(batch),), i, device=policy.device), c)
-            x.append(mu + sigma * next(noise) if i in noisy else mu)
+            x.append(mu)
             if i in noisy:
-                log_prob.append(gaussian_log_prob(x[-1], mu, sigma, policy.log_prob_reduction))
+                x[-1] = mu + sigma * noise[:, noisy.index(i)]
+                log_prob[:, noisy.index(i)] = gaussian_log_prob(x[-1], mu, sigma, policy.log_prob_reduction)
         latents.append(torch.stack(x, 1).to(keep_on or policy.device))
-        log_probs.append(torch.stack(log_prob, 1).cpu() if log_prob else torch.empty(len(batch), 0))
+        log_probs.append(log_prob.cpu())
     return Trajectories(cond, torch.cat(latents), torch.cat(log_probs))
 
 
 def _batches(policy: Policy, trajectories: Trajectories, entries: Tensor, batch_size: int) -> Iterator[tuple]:
     """Yields (which, x_t, x_{t-1}, i, cond) of the wanted entries (M, S) of the table in their order, batch_size at a time."""
     latents = trajectories.latents
-    wanted, noisy = entries.nonzero().to(latents.device), policy.schedule.noisy.to(latents.device)
+    wanted, noisy = (places.to(latents.device) for places in (entries.nonzero(), policy.schedule.noisy))
     for start in range(0, len(wanted), batch_size):
         which = slice(start, start + batch_size)
         rows, columns = wanted[which].unbind(1)
@@ -200,19 +180,20 @@ def _batches(policy: Policy, trajectories: Trajectories, entries: Tensor, batch_
         yield which, x_t, x_prev, i.to(policy.device), trajectories.cond[rows]
 
 
+def _table(wanted: Tensor, log_probs: list[Tensor]) -> Tensor:
+    """(M, S) in fp64 on the CPU of the wanted entries' log-probs, given in their order by batch; NaN elsewhere."""
+    table = torch.full(wanted.shape, math.nan, dtype=torch.float64)
+    return table.masked_scatter(wanted, torch.cat(log_probs).cpu()) if log_probs else table
+
+
 @torch.no_grad()
 def log_prob_table(policy: Policy, trajectories: Trajectories, batch_size: int, entries: Tensor | None = None) -> Tensor:
-    """log pi_theta(x_{t-1} | x_t, c) of every stored step, without gradient -> (M, S) in fp64 on the CPU.
-
-    entries: (M, S) bool, those that are wanted; the others are NaN.
-    """
+    """log pi_theta(x_{t-1} | x_t, c) of every stored step, or of `entries` (M, S) alone, without gradient -> as of _table."""
     wanted = torch.ones(trajectories.log_probs.shape, dtype=torch.bool) if entries is None else entries
-    table = torch.full(wanted.shape, math.nan, dtype=torch.float64)
-    log_probs = [
+    return _table(wanted, [
         gaussian_log_prob(x_prev, *gaussian(policy, x_t, i, cond), policy.log_prob_reduction)
         for _, x_t, x_prev, i, cond in _batches(policy, trajectories, wanted, batch_size)
-    ]
-    return table.masked_scatter(wanted, torch.cat(log_probs).cpu()) if log_probs else table
+    ])  # fmt: skip
 
 
 def backward_through_table(
@@ -221,21 +202,17 @@ def backward_through_table(
 ) -> Tensor:  # fmt: skip
     """Adds sum_{m,t} (d loss / d log_prob_{m,t}) * (d log_prob_{m,t} / d theta) to the gradients of the network.
 
-    A loss sees the network only through the (M, S) table, so by the chain rule this is its exact gradient, while only
-    batch_size single steps are ever held in memory, whatever T and B. Entries with zero derivative (clipped) cost nothing.
-    The same for a loss with a (M, S) table of divergences of single steps from another policy's: kl(x_t, i, cond, mu, sigma)
-    -> (M,) makes its entries, kl_grad is the derivative by it.
-    Returns the recomputed log-probs (M, S), NaN where skipped: at unchanged weights they must equal the table's.
+    A loss sees the network only through the (M, S) table, so by the chain rule this is its exact gradient, while only batch_size
+    single steps are ever held in memory, whatever T and B. Entries with zero derivative (clipped) cost nothing. The same for a
+    (M, S) table of divergences of single steps: kl(x_t, i, cond, mu, sigma) -> (M,) makes its entries, kl_grad is the derivative
+    by it. Returns the recomputed log-probs (M, S), NaN where skipped: at unchanged weights they must equal the table's.
     """
-    used = table_grad != 0 if kl is None else (table_grad != 0) | (kl_grad != 0)
-    recomputed, log_probs = torch.full_like(table_grad, math.nan), []
+    used, log_probs = table_grad != 0 if kl is None else (table_grad != 0) | (kl_grad != 0), []
     weights, kl_weights = (None if grad is None else grad[used].to(policy.device) for grad in (table_grad, kl_grad))
     for which, x_t, x_prev, i, cond in _batches(policy, trajectories, used, batch_size):
         mu, sigma = gaussian(policy, x_t, i, cond)
         log_prob = gaussian_log_prob(x_prev, mu, sigma, policy.log_prob_reduction)
-        total = (log_prob * weights[which]).sum()
-        if kl is not None:
-            total = total + (kl(x_t, i, cond, mu, sigma) * kl_weights[which]).sum()
-        total.backward()
+        of_kl = 0 if kl is None else (kl(x_t, i, cond, mu, sigma) * kl_weights[which]).sum()
+        ((log_prob * weights[which]).sum() + of_kl).backward()
         log_probs.append(log_prob.detach())
-    return recomputed.masked_scatter(used, torch.cat(log_probs).to(recomputed)) if log_probs else recomputed
+    return _table(used, log_probs)

@@ -26,6 +26,7 @@ from plumbing.flags import parse
 from plumbing.pipeline import Embeddings, unet_policy
 from plumbing.surrogate import surrogate_of, surrogate_scores
 from plumbing.trainable import add_adapters, trained_parameters
+from sampler import ddim
 
 PRESETS = ("sd-turbo", "sdxl-turbo", "lcm")
 
@@ -69,7 +70,7 @@ def derive(config: LasroConfig, shape: str) -> dict[str, float]:
 
     generator, student, of_target = (policy(n, t, config.guidance_scale) for n, t in ((unet, T), (unet, 0), (target, 0)))
     of_teacher = policy(teacher, 0, config.teacher_guidance)
-    ode = dataclasses.replace(of_teacher.schedule, consistency=False, eta=0.0)
+    ode = dataclasses.replace(of_teacher.schedule, rule=ddim, eta=0.0)
     of_teacher = dataclasses.replace(of_teacher, schedule=ode)
     scored = dataclasses.replace(generator.denoise, unet=critic, guidance_scale=1.0)
 

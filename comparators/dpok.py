@@ -123,7 +123,7 @@ class DPOK:
         mu_ref, schedule = self.mu_ref(x_t, i, cond), self.policy.schedule
         if self.config.kl_form == "exact":
             return exact_kl(mu, mu_ref, sigma, self.policy.log_prob_reduction)
-        k = schedule.epsilon_weight - schedule.alpha[1:] * schedule.s[:-1] / schedule.alpha[:-1]
+        k = schedule.weights[1] - schedule.alpha[1:] * schedule.s[:-1] / schedule.alpha[:-1]
         return noise_difference(mu, mu_ref, k[i].to(mu).view(-1, 1, 1, 1)).flatten(1).double().mean(1)
 
     def entries(self, N: int, B: int, S: int, epoch: int) -> list[Tensor]:

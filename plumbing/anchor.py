@@ -19,7 +19,7 @@ from plumbing import checkpoint
 from plumbing.pipeline import encode_prompts, lcm_scheduler, load_pipeline, pipeline_policy, unet_policy
 from plumbing.processes import Share, all_wait_for_first, say
 from plumbing.prompts import draw_prompts
-from sampler import EVALUATION, Policy, sample_trajectories
+from sampler import EVALUATION, Policy, ddim, sample_trajectories
 
 PICTURES = "pictures.safetensors"
 
@@ -66,7 +66,7 @@ def solver_policies(
         for unet, w in ((pipe.unet, of_student), (target, of_student), (teacher.unet, guidance_scale))
     )
     predicts = teacher.scheduler.config.prediction_type
-    ode = dataclasses.replace(of_teacher.schedule, consistency=False, eta=0.0, prediction_type=predicts)
+    ode = dataclasses.replace(of_teacher.schedule, rule=ddim, eta=0.0, prediction_type=predicts)
     return student, of_target, dataclasses.replace(of_teacher, schedule=ode)
 
 

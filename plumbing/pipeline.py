@@ -24,7 +24,7 @@ import miniature
 from config import DTYPES
 from plumbing.errors import told_of
 from plumbing.reward_models import Reward
-from sampler import Policy, Schedule, sample_trajectories
+from sampler import Policy, Schedule, Weights, ddim, sample_trajectories
 
 LIBRARIES = (None, "diffusers", "transformers", "stable_diffusion")  # that parts of a pipeline are of; the last is of diffusers
 DECODED = 2**20  # pixels at a time: four pictures of 512 x 512; a decoder takes far more memory for them than a UNet does
@@ -104,25 +104,32 @@ def scheduler_at(scheduler: SchedulerMixin, num_steps: int) -> DDIMScheduler | L
     return (lcm_scheduler if isinstance(scheduler, LCMScheduler) else ddim_scheduler)(scheduler.config, num_steps)
 
 
-def noise_schedule(scheduler: DDIMScheduler | LCMScheduler, eta: float) -> Schedule:
+def consistency(schedule: Schedule) -> Weights:
+    """The rule of consistency models: a step goes to x_0, and all noise is drawn anew; eta is not read."""
+    return schedule.alpha[1:], torch.zeros_like(schedule.s[1:]), schedule.s[1:]
+
+
+def noise_schedule(scheduler: DDIMScheduler | LCMScheduler, eta: float, device: torch.device | str = "cpu") -> Schedule:
     """The levels of a scheduler's steps, each ending where the next begins; ValueError for noise that it has not.
 
     Where T does not divide the number of training steps DDIMScheduler itself ends a step at t - 1000 // T, another level.
     LCMScheduler's c_skip and c_out are 0 and 1 to five digits at all its timesteps, and are left out.
     """
-    consistency = isinstance(scheduler, LCMScheduler)
-    if consistency and eta != 1:
+    lcm = isinstance(scheduler, LCMScheduler)
+    if lcm and eta != 1:
         raise ValueError(f"eta must be 1 for a consistency model, whose steps draw all noise anew, not {eta}")
     if eta <= 0:
         raise ValueError(f"eta must be > 0, not {eta}: a deterministic step has no log-prob (eta=1 is the paper's DDPM)")
-    last = torch.ones(1) if consistency else scheduler.final_alpha_cumprod.view(1)
-    alpha_bar = torch.cat([scheduler.alphas_cumprod[scheduler.timesteps], last]).double()
+    last = torch.ones(1) if lcm else scheduler.final_alpha_cumprod.view(1)
+    alpha_bar = torch.cat([scheduler.alphas_cumprod[scheduler.timesteps], last]).double().to(device)
     schedule = Schedule(
-        scheduler.timesteps, alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), eta, scheduler.config.prediction_type,
-        scheduler.config.clip_sample_range if scheduler.config.clip_sample else math.inf, consistency,
+        scheduler.timesteps.to(device), alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), eta, scheduler.config.prediction_type,
+        scheduler.config.clip_sample_range if scheduler.config.clip_sample else math.inf,
+        consistency if lcm else ddim,
     )  # fmt: skip
-    if (schedule.sigma > schedule.s[1:] * (1 + 1e-9)).any():
-        most = (schedule.s[1:] / schedule.sigma)[schedule.noisy].min().item() * eta
+    sigma = schedule.weights[2]
+    if (sigma > schedule.s[1:] * (1 + 1e-9)).any():
+        most = (schedule.s[1:] / sigma)[schedule.noisy.to(device)].min().item() * eta
         raise ValueError(
             f"eta={eta} asks for more noise than a step of this schedule leaves: use at most {math.floor(100 * most) / 100:g}"
         )
@@ -135,7 +142,7 @@ def unet_policy(
 ) -> Policy:  # fmt: skip
     """The policy of a UNet on a schedule of T steps."""
     return Policy(
-        GuidedUNet(unet, uncond, guidance_scale, DTYPES[autocast]), noise_schedule(scheduler, eta).to(unet.device),
+        GuidedUNet(unet, uncond, guidance_scale, DTYPES[autocast]), noise_schedule(scheduler, eta, unet.device),
         (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size), unet.device,
         torch.promote_types(unet.dtype, torch.float32), log_prob_reduction,
     )  # fmt: skip

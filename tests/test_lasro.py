@@ -26,7 +26,7 @@ from plumbing.anchor import consistency_scheduler
 from plumbing.pipeline import ddim_scheduler, encode_prompts, lcm_scheduler, noise_schedule, pipeline_policy
 from plumbing.replay import Replay
 from plumbing.surrogate import accuracy, surrogate_of, surrogate_scores
-from sampler import Policy
+from sampler import Policy, ddim
 
 SCALED_LINEAR = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
 
@@ -140,7 +140,7 @@ def gaussian_policies(variance: float, solver_steps: int) -> tuple[Policy, Polic
 
     student = of(lambda x, alpha_bar: variance**0.5 * x / (variance * alpha_bar + 1 - alpha_bar).sqrt())
     teacher = of(lambda x, alpha_bar: alpha_bar.sqrt() * variance * x / (variance * alpha_bar + 1 - alpha_bar))
-    return student, student, dataclasses.replace(teacher, schedule=dataclasses.replace(schedule, consistency=False, eta=0.0))
+    return student, student, dataclasses.replace(teacher, schedule=dataclasses.replace(schedule, rule=ddim, eta=0.0))
 
 
 @pytest.mark.parametrize(
@@ -197,11 +197,11 @@ FLAT = dict(trained_betas=build.flat_scheduler().config.trained_betas)
 def test_ddim_in_two_steps_is_nearly_the_consistency_step(noise, share):
     """The same timesteps, and of its variance what is said here."""
     config = DDIMScheduler(**noise, clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing").config
-    ddim = noise_schedule(ddim_scheduler(config, 2), 1.0)
+    of_ddim = noise_schedule(ddim_scheduler(config, 2), 1.0)
     lcm = noise_schedule(lcm_scheduler(LCMScheduler(**noise).config, 2), 1.0)
-    assert ddim.timesteps.tolist() == lcm.timesteps.tolist() == [999, 499]
-    assert ddim.noisy.tolist() == lcm.noisy.tolist() == [0]
-    assert (ddim.sigma[0] / lcm.sigma[0]).item() ** 2 == pytest.approx(share, abs=5e-4)
+    assert of_ddim.timesteps.tolist() == lcm.timesteps.tolist() == [999, 499]
+    assert of_ddim.noisy.tolist() == lcm.noisy.tolist() == [0]
+    assert (of_ddim.weights[2][0] / lcm.weights[2][0]).item() ** 2 == pytest.approx(share, abs=5e-4)
 
 
 def test_the_surrogate_is_the_unets_lower_half(pipe):

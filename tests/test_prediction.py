@@ -43,7 +43,7 @@ def test_share_on_a_chain_with_a_known_answer(reward):
     exponent = {"linear": 1, "square": 2}[reward]
     found = [prediction.gaussian_share(policy, Rows(), lambda x_0: x_0[:, 0, 0, 0] ** exponent, 10, seed) for seed in range(2500)]
     variances, explained = (torch.stack(values).mean(0) for values in zip(*found, strict=True))
-    c2 = (schedule.sigma[:2] / schedule.alpha[1:3]) ** 2  # the last step has no noise
+    c2 = (schedule.weights[2][:2] / schedule.alpha[1:3]) ** 2  # the last step has no noise
     m2 = 1 / schedule.alpha[0] ** 2 + torch.tensor([0.0, c2[0]])  # E m^2 before each step
     v = torch.stack([c2[0] + c2[1], c2[1]])
     expected = (v, c2) if reward == "linear" else (4 * m2 * v + 2 * v**2, 4 * m2 * c2)

@@ -121,7 +121,7 @@ def test_a_step_without_noise_is_left_out_of_the_table(pipe):
 
 
 def test_sd_v1_4_ends_with_the_published_sigma():
-    assert schedule_of(SD_V1_4_SCHEDULER, 50).sigma[-1].item() == pytest.approx(0.0206, abs=5e-5)
+    assert schedule_of(SD_V1_4_SCHEDULER, 50).weights[2][-1].item() == pytest.approx(0.0206, abs=5e-5)
 
 
 def step_weights(config, num_steps):
