@@ -29,7 +29,8 @@ from plumbing.anchor import Anchor, consistency_scheduler, few_step_policy, load
 from plumbing.describe import describe_lasro
 from plumbing.errors import one_line_errors
 from plumbing.flags import go_on, parse
-from plumbing.pipeline import GuidedUNet, count_truncated, encode_prompts, score
+from plumbing.networks import GuidedUNet
+from plumbing.pipeline import count_truncated, encode_prompts, score
 from plumbing.processes import RANK, WORLD_SIZE, Share, all_gather, all_or_none, all_sum_gradients
 from plumbing.prompts import draw_prompts
 from plumbing.replay import Replay

@@ -7,7 +7,7 @@ A denoising step is a draw from a Gaussian policy,
 whose mean comes from the network and whose sigma_t is fixed by the noise schedule. All the losses need to know of the network is
 the table of log pi_theta(x_{t-1} | x_t, c), an entry per trajectory and step. This file draws trajectories, fills that table at
 stored latents, and pushes the derivative of any function of it back into the weights. It knows no network: a policy denoises, a
-condition can be indexed by rows, and plumbing/pipeline.py makes both.
+condition can be indexed by rows, and plumbing/networks.py has both.
 
 Letters: M trajectories of one process, T steps, S of them with noise (all, unless the schedule ends without), D = C*H*W.
 Units: log-probs are means over the D latent dimensions, as the paper's epsilon (Eq. 20) and beta (Eq. 14) assume, or with

@@ -27,10 +27,12 @@ from plumbing.batches import fit_batches
 from plumbing.describe import describe
 from plumbing.errors import one_line_errors
 from plumbing.flags import go_on, parse
-from plumbing.pipeline import count_truncated, encode_prompts, load_pipeline, pipeline_policy, pooled, scheduler_at, score
+from plumbing.networks import pooled
+from plumbing.pipeline import count_truncated, encode_prompts, load_pipeline, pipeline_policy, score
 from plumbing.processes import WORLD_SIZE, Share, all_or_none, all_sum_gradients
 from plumbing.prompts import draw_prompts, load_prompts
 from plumbing.run import Run
+from plumbing.schedules import scheduler_at
 from plumbing.trainable import Reference, make_trainable, reference_mean, trained_parameters
 from rdp_loss import prdp_loss, spread_over_steps
 from rewards import Reward, RewardError, load_rewards, own_reward

@@ -23,7 +23,8 @@ from config import Config
 from plumbing import processes
 from plumbing.errors import one_line_errors
 from plumbing.flags import parse
-from plumbing.pipeline import encode_prompts, load_pipeline, pipeline_policy, pooled, score
+from plumbing.networks import pooled
+from plumbing.pipeline import encode_prompts, load_pipeline, pipeline_policy, score
 from plumbing.processes import Share, answer
 from plumbing.prompts import draw_prompts, load_prompts
 from plumbing.provenance import provenance

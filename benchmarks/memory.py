@@ -35,8 +35,10 @@ from config import AUTO, Config
 from plumbing.errors import one_line_errors
 from plumbing.flags import parse
 from plumbing.image_reward import ImageReward
-from plumbing.pipeline import Embeddings, ddim_scheduler, decode_latents, unet_policy
+from plumbing.networks import Embeddings
+from plumbing.pipeline import decode_latents, unet_policy
 from plumbing.provenance import provenance
+from plumbing.schedules import ddim_scheduler
 from plumbing.trainable import make_trainable, trained_parameters
 from sampler import gaussian, gaussian_log_prob
 

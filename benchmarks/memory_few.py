@@ -23,7 +23,8 @@ from lasro import consistency_loss, generate, surrogate_loss
 from plumbing.anchor import consistency_scheduler
 from plumbing.errors import one_line_errors
 from plumbing.flags import parse
-from plumbing.pipeline import Embeddings, unet_policy
+from plumbing.networks import Embeddings
+from plumbing.pipeline import unet_policy
 from plumbing.surrogate import surrogate_of, surrogate_scores
 from plumbing.trainable import add_adapters, trained_parameters
 from sampler import ddim

@@ -31,9 +31,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from config import DTYPES, Config
 from plumbing.errors import last_words, one_line_errors
 from plumbing.flags import parse
-from plumbing.pipeline import encode_prompts, load_pipeline, noise_schedule, pipeline_policy, scheduler_at
+from plumbing.pipeline import encode_prompts, load_pipeline, pipeline_policy
 from plumbing.provenance import provenance
 from plumbing.record import read_metrics
+from plumbing.schedules import noise_schedule, scheduler_at
 
 EPOCHS, WARM = 4, 2
 

@@ -24,9 +24,10 @@ from accelerate import PartialState
 
 from config import Config
 from plumbing.flags import parse
-from plumbing.pipeline import ddim_scheduler, load_pipeline, save_pipeline
+from plumbing.pipeline import load_pipeline, save_pipeline
 from plumbing.prompts import draw_prompts, load_prompts
 from plumbing.provenance import provenance
+from plumbing.schedules import ddim_scheduler
 from rewards import load_rewards
 
 with warnings.catch_warnings():

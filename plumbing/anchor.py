@@ -16,9 +16,10 @@ from torch.optim.swa_utils import AveragedModel
 
 from config import LasroConfig
 from plumbing import checkpoint
-from plumbing.pipeline import encode_prompts, lcm_scheduler, load_pipeline, pipeline_policy, unet_policy
+from plumbing.pipeline import encode_prompts, load_pipeline, pipeline_policy, unet_policy
 from plumbing.processes import Share, all_wait_for_first, say
 from plumbing.prompts import draw_prompts
+from plumbing.schedules import lcm_scheduler
 from sampler import EVALUATION, Policy, ddim, sample_trajectories
 
 PICTURES = "pictures.safetensors"

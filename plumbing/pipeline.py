@@ -1,21 +1,17 @@
 """diffusers pipelines as the sampler wants them: a policy, conditions from texts, pictures from latents; loading and saving.
 
-A pipeline of Stable Diffusion 1, 2 or XL becomes a policy by GuidedUNet, which knows what the sampler does not: guidance, added
-conditions, autocast. Another kind of network is another such class and another Schedule.
+A policy is a network of plumbing/networks.py on a schedule of plumbing/schedules.py.
 """
 
 import json
 import math
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler, UNet2DConditionModel
-from diffusers.models.embeddings import get_timestep_embedding
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
@@ -23,117 +19,13 @@ from transformers.utils import logging as transformers_logging
 import miniature
 from config import DTYPES
 from plumbing.errors import told_of
+from plumbing.networks import Embeddings, GuidedUNet
 from plumbing.reward_models import Reward
-from sampler import Policy, Schedule, Weights, ddim, sample_trajectories
+from plumbing.schedules import noise_schedule, scheduler_at
+from sampler import Policy, sample_trajectories
 
 LIBRARIES = (None, "diffusers", "transformers", "stable_diffusion")  # that parts of a pipeline are of; the last is of diffusers
 DECODED = 2**20  # pixels at a time: four pictures of 512 x 512; a decoder takes far more memory for them than a UNet does
-
-
-@dataclass(frozen=True)
-class Embeddings:
-    """A condition of the sampler's: encoded texts as named tensors, whose first dimension counts them."""
-
-    tensors: Mapping[str, Tensor]
-
-    def __getitem__(self, rows: Tensor | slice) -> "Embeddings":
-        return Embeddings({k: v[rows.to(v.device) if isinstance(rows, Tensor) else rows] for k, v in self.tensors.items()})
-
-
-def pooled(cond: Embeddings) -> Tensor:
-    """One vector for each text, the mean of its token states, (M, width)."""
-    return cond.tensors["encoder_hidden_states"].mean(1)
-
-
-@dataclass(frozen=True)
-class GuidedUNet:
-    """Policy.denoise of a UNet under classifier-free guidance, eps_u + w (eps_c - eps_u), combined in at least fp32."""
-
-    unet: UNet2DConditionModel
-    uncond: Embeddings  # of the empty prompt, one row
-    guidance_scale: float  # w; 1 skips the unconditional half, and so does a UNet that is told w
-    autocast: torch.dtype | None = None  # of the UNet's forward pass; None is the weights' own precision
-
-    def __call__(self, x_t: Tensor, t: Tensor, cond: Embeddings) -> Tensor:
-        told, tensors, timestep_cond = self.unet.config.time_cond_proj_dim, cond.tensors, None
-        guided = self.guidance_scale != 1 and not told
-        if told:  # a latent consistency model that was distilled for many w (arXiv 2310.04378): w - 1 like a timestep
-            at = torch.full((len(x_t),), 1000.0 * (self.guidance_scale - 1), device=x_t.device)
-            timestep_cond = get_timestep_embedding(at, told, downscale_freq_shift=1)
-        if guided:
-            tensors = {k: torch.cat([self.uncond.tensors[k].expand_as(v), v]) for k, v in tensors.items()}
-            x_t, t = torch.cat([x_t, x_t]), torch.cat([t, t])
-        with torch.autocast(x_t.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
-            # SDXL finds its pooled text and sizes in added_cond_kwargs; Stable Diffusion 1 and 2 ignore that argument.
-            states = tensors["encoder_hidden_states"]
-            output = self.unet(x_t, t, states, timestep_cond=timestep_cond, added_cond_kwargs=tensors).sample
-        output = output.to(torch.promote_types(output.dtype, torch.float32))
-        if not guided:
-            return output
-        unconditional, conditional = output.chunk(2)
-        return unconditional + self.guidance_scale * (conditional - unconditional)
-
-
-def ddim_scheduler(config: Mapping, num_steps: int) -> DDIMScheduler:
-    """The pipeline's noise schedule as a DDIMScheduler with T = num_steps; ValueError for a T it has not, or thresholding."""
-    # A config that does not speak of clipping, as PNDM's, is of latents, which go beyond [-1, 1]. DDIM's default would clip them.
-    scheduler = DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False))
-    limit = scheduler.config.num_train_timesteps
-    if not 1 <= num_steps <= limit:
-        raise ValueError(f"num_steps must be between 1 and {limit} for this scheduler, not {num_steps}")
-    scheduler.set_timesteps(num_steps)
-    if scheduler.timesteps.max() >= limit:
-        raise ValueError(f"num_steps={num_steps} reaches past the scheduler's last timestep {limit - 1}: use fewer steps")
-    if scheduler.config.thresholding:
-        raise ValueError("dynamic thresholding is not supported: set thresholding to false in the scheduler's config")
-    return scheduler
-
-
-def lcm_scheduler(config: Mapping, num_steps: int) -> LCMScheduler:
-    """The scheduler of a latent consistency model at T = num_steps, of the steps it was distilled on; ValueError for others."""
-    scheduler = LCMScheduler.from_config(config)
-    limit = scheduler.config.original_inference_steps
-    if not 1 <= num_steps <= limit:
-        raise ValueError(f"num_steps must be between 1 and {limit} for this consistency model, not {num_steps}")
-    scheduler.set_timesteps(num_steps)
-    return scheduler
-
-
-def scheduler_at(scheduler: SchedulerMixin, num_steps: int) -> DDIMScheduler | LCMScheduler:
-    """What draws a pipeline's pictures in T = num_steps: LCM for a consistency model, which comes with that, otherwise DDIM."""
-    return (lcm_scheduler if isinstance(scheduler, LCMScheduler) else ddim_scheduler)(scheduler.config, num_steps)
-
-
-def consistency(schedule: Schedule) -> Weights:
-    """The rule of consistency models: a step goes to x_0, and all noise is drawn anew; eta is not read."""
-    return schedule.alpha[1:], torch.zeros_like(schedule.s[1:]), schedule.s[1:]
-
-
-def noise_schedule(scheduler: DDIMScheduler | LCMScheduler, eta: float, device: torch.device | str = "cpu") -> Schedule:
-    """The levels of a scheduler's steps, each ending where the next begins; ValueError for noise that it has not.
-
-    Where T does not divide the number of training steps DDIMScheduler itself ends a step at t - 1000 // T, another level.
-    LCMScheduler's c_skip and c_out are 0 and 1 to five digits at all its timesteps, and are left out.
-    """
-    lcm = isinstance(scheduler, LCMScheduler)
-    if lcm and eta != 1:
-        raise ValueError(f"eta must be 1 for a consistency model, whose steps draw all noise anew, not {eta}")
-    if eta <= 0:
-        raise ValueError(f"eta must be > 0, not {eta}: a deterministic step has no log-prob (eta=1 is the paper's DDPM)")
-    last = torch.ones(1) if lcm else scheduler.final_alpha_cumprod.view(1)
-    alpha_bar = torch.cat([scheduler.alphas_cumprod[scheduler.timesteps], last]).double().to(device)
-    schedule = Schedule(
-        scheduler.timesteps.to(device), alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), eta, scheduler.config.prediction_type,
-        scheduler.config.clip_sample_range if scheduler.config.clip_sample else math.inf,
-        consistency if lcm else ddim,
-    )  # fmt: skip
-    sigma = schedule.weights[2]
-    if (sigma > schedule.s[1:] * (1 + 1e-9)).any():
-        most = (schedule.s[1:] / sigma)[schedule.noisy.to(device)].min().item() * eta
-        raise ValueError(
-            f"eta={eta} asks for more noise than a step of this schedule leaves: use at most {math.floor(100 * most) / 100:g}"
-        )
-    return schedule
 
 
 def unet_policy(

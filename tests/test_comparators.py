@@ -16,7 +16,7 @@ from comparators.dpok import Critic, dpok_loss, gaussian_kl
 from comparators.epoch import Epoch, Update
 from comparators.grpo import GRPO, group_advantages
 from config import preset
-from plumbing.pipeline import ddim_scheduler, noise_schedule
+from plumbing.schedules import ddim_scheduler, noise_schedule
 from sampler import REDUCTIONS, gaussian, gaussian_log_prob
 
 

@@ -11,8 +11,8 @@ import torch
 from conftest import ROOT, make_pipeline
 
 FOLDER = ROOT / "tests" / "fake_cuda"
-SAMPLING = ("sampler.py", "plumbing/pipeline.py")
-UNET, LOG_PROB = "plumbing/pipeline.py:GuidedUNet.__call__", "sampler.py:gaussian_log_prob"
+SAMPLING = ("sampler.py", "plumbing/networks.py", "plumbing/pipeline.py")
+UNET, LOG_PROB = "plumbing/networks.py:GuidedUNet.__call__", "sampler.py:gaussian_log_prob"
 TRAINING = (
     "--preset toy --eval_prompts= --prompts_per_epoch 1 --images_per_prompt 2 --num_steps 2 --guidance_scale 3 --autocast bf16 "
     "--reward test_fake_cuda:brightness"
@@ -95,7 +95,7 @@ def test_nothing_is_on_the_wrong_device(outcomes, name):
 
 def test_evaluation_predicts(outcomes):
     """Else the case above would not have been of the prediction."""
-    assert outcomes["evaluate"]["synchronisations"]["sampler.py:log_prob_table"] > 0
+    assert outcomes["evaluate"]["synchronisations"]["sampler.py:_table"] > 0
 
 
 def test_autocast_of_the_unet(outcomes):

@@ -22,7 +22,9 @@ from benchmarks import memory, rehearsal
 from plumbing import processes
 from plumbing.describe import rounding
 from plumbing.flags import parse
-from plumbing.pipeline import Embeddings, ddim_scheduler, encode_prompts, load_pipeline, pipeline_policy, unet_policy
+from plumbing.networks import Embeddings
+from plumbing.pipeline import encode_prompts, load_pipeline, pipeline_policy, unet_policy
+from plumbing.schedules import ddim_scheduler
 from plumbing.trainable import make_trainable, trained_parameters
 from sampler import gaussian, gaussian_log_prob, log_prob_table, sample_trajectories
 

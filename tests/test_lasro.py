@@ -23,8 +23,9 @@ from lasro import Normaliser, consistency_loss, generate, surrogate_loss
 from miniature import build
 from plumbing import checkpoint
 from plumbing.anchor import consistency_scheduler
-from plumbing.pipeline import ddim_scheduler, encode_prompts, lcm_scheduler, noise_schedule, pipeline_policy
+from plumbing.pipeline import encode_prompts, pipeline_policy
 from plumbing.replay import Replay
+from plumbing.schedules import ddim_scheduler, lcm_scheduler, noise_schedule
 from plumbing.surrogate import accuracy, surrogate_of, surrogate_scores
 from sampler import Policy, ddim
 

@@ -18,7 +18,7 @@ from comparators import Comparator
 from comparators.epoch import Epoch, Update
 from plumbing import checkpoint
 from plumbing.flags import parse
-from plumbing.pipeline import pooled
+from plumbing.networks import pooled
 from plumbing.processes import Share, all_sum_gradients
 from plumbing.run import kl_samples
 from plumbing.trainable import reference_mean

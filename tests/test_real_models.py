@@ -17,7 +17,8 @@ from benchmarks import rehearsal
 from plumbing import pipeline
 from plumbing.describe import rounding
 from plumbing.flags import parse
-from plumbing.pipeline import count_truncated, ddim_scheduler, encode_prompts, load_pipeline, pipeline_policy
+from plumbing.pipeline import count_truncated, encode_prompts, load_pipeline, pipeline_policy
+from plumbing.schedules import ddim_scheduler
 from plumbing.trainable import make_trainable, trained_parameters
 from rewards import load_reward
 from sampler import Policy, Trajectories, backward_through_table, log_prob_table, sample_trajectories

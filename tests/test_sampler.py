@@ -18,7 +18,8 @@ from torch.distributions import Normal
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from miniature import build
-from plumbing.pipeline import ddim_scheduler, decode_latents, encode_prompts, noise_schedule, sample_images
+from plumbing.pipeline import decode_latents, encode_prompts, sample_images
+from plumbing.schedules import ddim_scheduler, noise_schedule
 from rdp_loss import prdp_loss
 from sampler import (
     Trajectories,

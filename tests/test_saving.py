@@ -9,7 +9,8 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from miniature import build
-from plumbing.pipeline import ddim_scheduler, encode_prompts, load_pipeline, save_pipeline
+from plumbing.pipeline import encode_prompts, load_pipeline, save_pipeline
+from plumbing.schedules import ddim_scheduler
 
 CPU = torch.device("cpu")
 
