@@ -103,6 +103,8 @@ class Config(Common):
     offline: bool = setting(False, "Draw all trajectories from pi_ref instead of pi_old: the ablation of Sec. 4.3.")
 
     eta: float = setting(1.0, "Noise of a step relative to DDPM's (1, the paper). 0 has no log-prob and is refused.")
+    resolution: int = setting(0, "Height and width of pictures, in pixels; 0 is the model's own.")
+    max_sequence_length: int = setting(256, "Tokens of T5 (Stable Diffusion 3, FLUX.1); zeros without T5, as diffusers has it.")
 
     # Algorithm 1
     updates_per_epoch: int = setting(10, "K, gradient updates on each epoch's trajectories. With 1 the clip cannot act.")
@@ -131,6 +133,10 @@ class Config(Common):
     compile: bool = setting(False, "torch.compile the UNet: minutes at the start, faster epochs.")
     channels_last: bool = setting(False, "Memory layout of the UNet; often faster with 16-bit autocast.")
     latents_on_cpu: bool = setting(False, "Keep the epoch's trajectories in CPU memory.")
+    frozen_dtype: Literal["fp32", "bf16"] = setting(
+        "fp32", "Of text encoders and, with --lora_rank and --autocast, of the network's frozen weights."
+    )
+    text_encoders_on_cpu: bool = setting(False, "Keep text encoders in CPU memory while nothing is encoded.")
     reference_on_cpu: bool = setting(False, "Keep pi_ref in CPU memory while it is not used; needless with --lora_rank.")
 
 
@@ -300,9 +306,11 @@ def check(config: Config, world_size: int) -> None:
     if config.prompts_per_epoch * config.images_per_prompt < world_size:
         trajectories = f"prompts_per_epoch={config.prompts_per_epoch} x images_per_prompt={config.images_per_prompt}"
         raise ValueError(f"{trajectories} are fewer trajectories than the {world_size} processes, each of which draws some")
-    for name in ("lora_rank", "keep_every", "save_minutes", "seed"):
+    for name in ("lora_rank", "keep_every", "save_minutes", "seed", "max_sequence_length"):
         if getattr(config, name) < 0:
             raise ValueError(f"{name} must be at least 0, not {getattr(config, name)}")
+    if config.lora_rank and config.frozen_dtype != "fp32" and config.autocast == "no":
+        raise ValueError(f"frozen_dtype={config.frozen_dtype} with lora_rank needs autocast={config.frozen_dtype}")
     if config.lora_rank and config.reference_on_cpu:
         raise ValueError("reference_on_cpu: with lora_rank there is no second UNet to keep anywhere")
 

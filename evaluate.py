@@ -51,6 +51,8 @@ class EvaluationConfig:
     num_steps: int = setting(50, "T; with --runs its own, unless given.")
     guidance_scale: float = setting(5.0, "w; with --runs its own, unless given.")
     eta: float = setting(1.0, "Noise of a step relative to DDPM's; with --runs its own, unless given.")
+    resolution: int = setting(0, "Height and width of pictures, 0 its own; with --runs theirs, unless given.")
+    max_sequence_length: int = setting(256, "Tokens of T5, if the model has one; with --runs its own, unless given.")
     autocast: Literal["no", "bf16"] = setting("no", "Precision of the UNet's passes; with --runs its own, unless given.")
     tf32: bool = setting(False, "TF32 in fp32 matrix products and convolutions; with --runs its own, unless given.")
     seed: int = setting(0, "Of the noise, and of what SET:500 draws.")
@@ -69,7 +71,9 @@ PROTOCOLS = {
         images_per_prompt=64,
     ),
 }
-OF_THE_RUN = ("num_steps", "guidance_scale", "eta", "autocast", "tf32", "prompts_dir", "reward_weights")  # unless given
+OF_THE_RUN = (  # unless given
+    "num_steps", "guidance_scale", "eta", "resolution", "max_sequence_length", "autocast", "tf32", "prompts_dir", "reward_weights",
+)  # fmt: skip
 MAY_CHANGE = {"batch_size", "prompts_dir", "reward_weights", "pictures", "models", "prompts", "runs", "checkpoints", "output_dir"}
 
 
@@ -258,9 +262,10 @@ def evaluate(rewards: list[str] | dict[str, Reward] = (), prompts: list[str] | d
     fixed = {name: value for name, value in dataclasses.asdict(config).items() if name not in MAY_CHANGE}
     processes.all_wait_for_first(lambda: claim(results, fixed, models))
     processes.all_check_shared(results.output)
-    base = functools.cache(lambda: open_model(models[0].folder, models[0].folder, device))
+    held = {"resolution": config.resolution, "max_sequence_length": config.max_sequence_length}
+    base = functools.cache(lambda: open_model(models[0].folder, models[0].folder, device, **held))
     for model in models:
-        opened = functools.cache(lambda model=model: open_model(model.folder, models[0].folder, device))
+        opened = functools.cache(lambda model=model: open_model(model.folder, models[0].folder, device, **held))
         for set_name, some in sets.items():
             processes.all_succeed(lambda: score_set(config, results, model.name, opened, set_name, some, scorers))
             processes.all_wait_for_first(lambda: results.wait_for(model.name, set_name, some))

@@ -133,7 +133,7 @@ def finetune(config: LasroConfig, run: Run, pipe, policy: Policy, critic: Guided
     """
     N, B, T = config.prompts_per_epoch, config.images_per_prompt, config.num_steps
     G, P, K = config.generator_batch, config.surrogate_batch, config.generator_updates
-    psi, c = list(critic.unet.parameters()), torch.tensor(config.step_weights, device=policy.device)
+    psi, c = list(critic.network.parameters()), torch.tensor(config.step_weights, device=policy.device)
 
     def descend(parameters: list, number: int, at_once: int, loss_of: Callable[[list[int]], tuple[Tensor, Tensor]]) -> Tensor:
         """One update by the mean loss of rows 0 to number - 1; loss_of(some) also gives what is returned, of all of them."""
@@ -195,7 +195,7 @@ def finetune(config: LasroConfig, run: Run, pipe, policy: Policy, critic: Guided
 
                 learned.append(descend(psi, P, max(1, config.train_batch_size // B), l_surr))
             run.lap("surrogate")
-            critic.unet.requires_grad_(False)
+            critic.network.requires_grad_(False)
             for k in range(0 if pretraining else K):
                 told = draw_prompts(prompts, G, epoch * K + k, config.seed + 1)
                 places, i = (torch.randint(most, (G,), generator=order) for most in (len(anchor.prompts), anchor.levels))
@@ -213,7 +213,7 @@ def finetune(config: LasroConfig, run: Run, pipe, policy: Policy, critic: Guided
                 made.append(descend(run.trained, G, config.train_batch_size, l_gen))
                 normaliser.update(made[-1][:, :T])
                 anchor.target.update_parameters(pipe.unet)
-            critic.unet.requires_grad_(True)
+            critic.network.requires_grad_(True)
             run.lap("generator")
             run.all_finish(record(rewards, scores, learned, made, run.lap.seconds, normaliser))
 # fmt: on
@@ -226,20 +226,20 @@ def train(config: LasroConfig, **own) -> Path:
     prompts, eval_prompts, reward, pipe = load(config, processes.start(config.tf32, config.deterministic), LASRO_PRESETS, **own)
     policy, one_step = (few_step_policy(pipe, steps, config) for steps in (config.num_steps, 1))
     torch.manual_seed(config.seed)  # of the surrogate's head, and of adapters
-    critic = dataclasses.replace(policy.denoise, unet=surrogate_of(pipe.unet, config.num_steps), guidance_scale=1.0)
+    critic = dataclasses.replace(policy.denoise, network=surrogate_of(pipe.unet, config.num_steps), guidance_scale=1.0)
     add_adapters(pipe, config.lora_rank) if config.lora_rank else pipe.unet.requires_grad_(True)
-    for unet in (pipe.unet, critic.unet) if config.gradient_checkpointing else ():
+    for unet in (pipe.unet, critic.network) if config.gradient_checkpointing else ():
         unet.enable_gradient_checkpointing()
     trained = trained_parameters(pipe)
-    groups = [{"params": list(trained.values())}, {"params": critic.unet.parameters(), "lr": config.surrogate_learning_rate}]
+    groups = [{"params": list(trained.values())}, {"params": critic.network.parameters(), "lr": config.surrogate_learning_rate}]
     optimizer = torch.optim.AdamW(groups, config.learning_rate, weight_decay=config.weight_decay, fused=True)
     target = AveragedModel(pipe.unet, multi_avg_fn=get_ema_multi_avg_fn(config.target_decay)).requires_grad_(False)
     normaliser = Normaliser(config.num_steps, config.normaliser_decay)
     replay = Replay(config.replay_size, (config.images_per_prompt, config.num_steps, *policy.latent_shape))
-    remembers = {"surrogate": critic.unet, "target": target, "normaliser": normaliser, "replay": replay}
+    remembers = {"surrogate": critic.network, "target": target, "normaliser": normaliser, "replay": replay}
     run = Run(config, pipe, policy, trained, optimizer, remembers, eval_prompts, reward, {"eval_reward_one_step": one_step})
     anchor = load_anchor(config, pipe, target, prompts)
-    run.tell(describe_lasro(config, prompts, count_truncated(pipe, prompts), trained, critic.unet))
+    run.tell(describe_lasro(config, prompts, count_truncated(pipe, prompts), trained, critic.network))
     with run.saved_when_stopped():
         finetune(config, run, pipe, policy, critic, anchor, normaliser, replay, optimizer, prompts, reward)
     return run.all_conclude(consistency_scheduler(pipe, config.num_steps))

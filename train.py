@@ -114,7 +114,9 @@ def train(
     own = {"reward": reward, "prompts": prompts, "eval_prompts": eval_prompts}
     config = go_on(with_names(config, **own))
     check(config, WORLD_SIZE)
-    prompts, eval_prompts, reward, pipe = load(config, processes.start(config.tf32, config.deterministic), **own)
+    held = {name: getattr(config, name) for name in ("resolution", "max_sequence_length", "frozen_dtype", "text_encoders_on_cpu")}
+    device = processes.start(config.tf32, config.deterministic)
+    prompts, eval_prompts, reward, pipe = load(config, device, **own, trains_all=not config.lora_rank, **held)
     policy = pipeline_policy(
         pipe, config.num_steps, guidance_scale=config.guidance_scale, eta=config.eta,
         log_prob_reduction=config.log_prob_reduction, autocast=config.autocast,
@@ -125,7 +127,7 @@ def train(
     trained = trained_parameters(pipe)
     optimizer = torch.optim.AdamW(trained.values(), config.learning_rate, weight_decay=config.weight_decay, fused=True)
     comparator = comparators.chosen(
-        config, policy, text_width=pipe.unet.config.cross_attention_dim, text_of=pooled,
+        config, policy, text_width=pooled(policy.denoise.uncond).shape[1], text_of=pooled,
         mu_ref=reference_mean(policy, reference), all_sum_gradients=all_sum_gradients,
     )  # fmt: skip
     config = fit_batches(config, pipe, policy, reference, list(trained.values()))
@@ -151,11 +153,11 @@ def with_names(
 
 def load(
     config: Common, device: torch.device, presets: dict[str, dict] = PRESETS, reward: Reward | None = None,
-    prompts: list[str] | None = None, eval_prompts: list[str] | None = None,
+    prompts: list[str] | None = None, eval_prompts: list[str] | None = None, **held,
 ) -> tuple[list[str], list[str], Reward, DiffusionPipeline]:  # fmt: skip
     """Prompts, evaluation prompts, reward and pipeline, those that config names where they are not given.
 
-    ValueError saying what is missing and what would need no download.
+    held: how the pipeline is held, as of load_pipeline. ValueError saying what is missing and what would need no download.
     """
     usual, laptop = type(config)(**presets[config.preset]).model, next(name for name in presets if name.startswith("toy"))
     try:
@@ -170,7 +172,7 @@ def load(
             reward = load_rewards(config.reward, config.reward_weights, device, DTYPES[config.reward_dtype])
         else:
             reward = own_reward(config.reward[0], reward)
-        return prompts, eval_prompts, reward, load_pipeline(config.model, device)
+        return prompts, eval_prompts, reward, load_pipeline(config.model, device, **held)
     except ValueError as error:
         if config.preset == laptop:
             raise

@@ -54,7 +54,7 @@ def gradients(config: Config, policy: Policy, pipe, trained: dict, epochs: int, 
     N, B = config.prompts_per_epoch, config.images_per_prompt
     reward, prompts, collected = load_rewards(config.reward, [], policy.device), load_prompts(config.prompts), []
     method = comparators.chosen(
-        config, policy, text_width=pipe.unet.config.cross_attention_dim, text_of=pooled, mu_ref=None,
+        config, policy, text_width=pooled(policy.denoise.uncond).shape[1], text_of=pooled, mu_ref=None,
         all_sum_gradients=processes.all_sum_gradients,
     )  # fmt: skip
     if config.method == "dpok":

@@ -36,7 +36,7 @@ from plumbing.errors import one_line_errors
 from plumbing.flags import parse
 from plumbing.image_reward import ImageReward
 from plumbing.networks import Embeddings
-from plumbing.pipeline import decode_latents, unet_policy
+from plumbing.pipeline import decode_latents, network_policy
 from plumbing.provenance import provenance
 from plumbing.schedules import ddim_scheduler
 from plumbing.trainable import make_trainable, trained_parameters
@@ -163,7 +163,7 @@ def derive(config: Config, shape: str = "full") -> dict[str, float]:
     def texts(number: int) -> Embeddings:
         return Embeddings({"encoder_hidden_states": torch.empty(number, 77, width)})
 
-    policy = unet_policy(
+    policy = network_policy(
         unet, texts(1), scheduler, guidance_scale=config.guidance_scale, eta=config.eta, autocast=config.autocast
     )
     with FakeTensorMode(allow_non_fake_inputs=True):

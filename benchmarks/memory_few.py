@@ -24,7 +24,7 @@ from plumbing.anchor import consistency_scheduler
 from plumbing.errors import one_line_errors
 from plumbing.flags import parse
 from plumbing.networks import Embeddings
-from plumbing.pipeline import unet_policy
+from plumbing.pipeline import network_policy
 from plumbing.surrogate import surrogate_of, surrogate_scores
 from plumbing.trainable import add_adapters, trained_parameters
 from sampler import ddim
@@ -67,13 +67,13 @@ def derive(config: LasroConfig, shape: str) -> dict[str, float]:
 
     def policy(network, num_steps: int, guidance_scale: float):
         scheduler = consistency_scheduler(pipe, num_steps)
-        return unet_policy(network, uncond, scheduler, guidance_scale=guidance_scale, eta=1.0, autocast=config.autocast)
+        return network_policy(network, uncond, scheduler, guidance_scale=guidance_scale, eta=1.0, autocast=config.autocast)
 
     generator, student, of_target = (policy(n, t, config.guidance_scale) for n, t in ((unet, T), (unet, 0), (target, 0)))
     of_teacher = policy(teacher, 0, config.teacher_guidance)
     ode = dataclasses.replace(of_teacher.schedule, rule=ddim, eta=0.0)
     of_teacher = dataclasses.replace(of_teacher, schedule=ode)
-    scored = dataclasses.replace(generator.denoise, unet=critic, guidance_scale=1.0)
+    scored = dataclasses.replace(generator.denoise, network=critic, guidance_scale=1.0)
 
     @torch.no_grad()
     def draw() -> None:

@@ -13,7 +13,8 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -168,19 +169,24 @@ def train_autoencoder(vae: AutoencoderTiny, captions: Captions, steps: int, fold
     return seconds
 
 
+def latents_of_batch(vae: AutoencoderTiny, captions: Captions, mismatched: bool) -> tuple[list[str], Tensor]:
+    """BATCH captions, one in ten left out for guidance, and their pictures' latents."""
+    prompts, images = captions.batch()
+    if mismatched:
+        # As in pictures from the web, some captions are another picture's: the model learns to trust its prompt only so far.
+        wrong = int(MISMATCHED * BATCH)
+        prompts = prompts[1:wrong] + prompts[:1] + prompts[wrong:]
+    with torch.no_grad():
+        x_0 = vae.encode(images).latents * vae.config.scaling_factor
+    return ["" if captions.rng.random() < 0.1 else prompt for prompt in prompts], x_0
+
+
 def train_unet(pipe: StableDiffusionPipeline, captions: Captions, steps: int, folder: Path) -> float:
-    """Fits UNet and text encoder to v = sqrt(abar) noise - sqrt(1 - abar) x_0; one caption in ten is left out for guidance."""
+    """Fits UNet and text encoder to v = sqrt(abar) noise - sqrt(1 - abar) x_0."""
     tokenizer, scheduler = word_tokenizer(), pipe.scheduler  # the pipeline's would be saved with the padding that is asked here
 
     def loss_of_batch(step: int) -> Tensor:
-        prompts, images = captions.batch()
-        if step >= 3 * steps // 4:
-            # As in pictures from the web, some captions are another picture's: the model learns to trust its prompt only so far.
-            wrong = int(MISMATCHED * BATCH)
-            prompts = prompts[1:wrong] + prompts[:1] + prompts[wrong:]
-        with torch.no_grad():
-            x_0 = pipe.vae.encode(images).latents * pipe.vae.config.scaling_factor
-        prompts = ["" if captions.rng.random() < 0.1 else prompt for prompt in prompts]
+        prompts, x_0 = latents_of_batch(pipe.vae, captions, mismatched=step >= 3 * steps // 4)
         ids = tokenizer(prompts, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids
         # Twice as many of the noisiest timesteps as on average, where the layout is decided, and none of the cleanest.
         t = (torch.rand(len(x_0)).sqrt() * scheduler.config.num_train_timesteps).long()
@@ -211,37 +217,48 @@ def save(pipe: StableDiffusionPipeline, folder: Path) -> None:
     # transformers 5 reads the keys with or without this prefix, and writes them without; transformers 4 needs it.
     weights = {f"text_model.{name}": weight for name, weight in pipe.text_encoder.state_dict().items()}
     pipe.text_encoder.save_pretrained(folder / "text_encoder", state_dict=weights)
-    # Rounded here and not with pipe.half(), after which the configs would have them opened as fp16.
+    halve(folder)
+
+
+def halve(folder: Path) -> None:
+    """Rounds weights to fp16 here and not with pipe.half(), after which the configs would have them opened as fp16."""
     for file in folder.glob("*/*.safetensors"):
         save_file({name: weight.half() for name, weight in load_file(file).items()}, file, metadata={"format": "pt"})
 
 
-def build(folder: Path, seed: int = 0, steps: dict[str, int] = STEPS) -> None:
-    """Trains the miniature and saves it, with made.json, which says how; the folder appears only when it is complete.
+@contextmanager
+def made_whole(folder: Path, seed: int) -> Iterator[Path]:
+    """Lends FOLDER.state, with torch's seed set; what is made in its folder `pipeline` becomes FOLDER when it is complete.
 
-    An interrupted build goes on from FOLDER.state, which is removed at the end. FileExistsError if the folder is there already.
-    On another processor, or with another number of threads, the weights come out differently.
+    What is interrupted goes on from FOLDER.state, which is removed at the end. FileExistsError if the folder is there already.
     """
     if folder.exists():
         raise FileExistsError(f"{folder} is there already: choose another folder, or remove it")
     state = folder.with_name(f"{folder.name}.state")
     state.mkdir(parents=True, exist_ok=True)
-    random_state = torch.get_rng_state()
-    torch.manual_seed(seed)
-    pipe, captions = initial_pipeline(), Captions(seed)
-    seconds = {
-        "autoencoder": train_autoencoder(pipe.vae, captions, steps["autoencoder"], state),
-        "unet": train_unet(pipe, captions, steps["unet"], state),
-    }
-    torch.manual_seed(seed + 1)
-    seconds["decoder"] = train_decoder(pipe.vae, Captions(seed + 1), steps["decoder"], state)
-    torch.set_rng_state(random_state)
-    unfinished = folder.with_name(f"{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    save(pipe, unfinished)
-    write_made(unfinished, {"seed": seed, "steps": steps, "batch": BATCH, "seconds": seconds})
-    unfinished.rename(folder)
+    shutil.rmtree(state / "pipeline", ignore_errors=True)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield state
+    (state / "pipeline").rename(folder)
     shutil.rmtree(state)
+
+
+def build(folder: Path, seed: int = 0, steps: dict[str, int] = STEPS) -> None:
+    """Trains the miniature and saves it, with made.json, which says how; as of made_whole.
+
+    On another processor, or with another number of threads, the weights come out differently.
+    """
+    with made_whole(folder, seed) as state:
+        pipe, captions = initial_pipeline(), Captions(seed)
+        seconds = {
+            "autoencoder": train_autoencoder(pipe.vae, captions, steps["autoencoder"], state),
+            "unet": train_unet(pipe, captions, steps["unet"], state),
+        }
+        torch.manual_seed(seed + 1)
+        seconds["decoder"] = train_decoder(pipe.vae, Captions(seed + 1), steps["decoder"], state)
+        save(pipe, state / "pipeline")
+        write_made(state / "pipeline", {"seed": seed, "steps": steps, "batch": BATCH, "seconds": seconds})
 
 
 def write_made(folder: Path, how: dict) -> None:

@@ -7,12 +7,10 @@ needs no second call thereafter. All else, text encoder and autoencoder, is the 
 """
 
 import copy
-import shutil
 from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lasro import consistency_loss
@@ -49,29 +47,16 @@ def train_student(pipe: StableDiffusionPipeline, student, steps: int, pictures: 
 
 
 def distil(folder: Path, seed: int = 0, steps: int = STEPS, pictures: int = PICTURES) -> None:
-    """Distils the miniature and saves it, with made.json, which says how; the folder appears only when it is complete.
-
-    An interrupted one goes on from FOLDER.state, which is removed at the end. FileExistsError if the folder is there already.
-    """
-    if folder.exists():
-        raise FileExistsError(f"{folder} is there already: choose another folder, or remove it")
-    state = folder.with_name(f"{folder.name}.state")
-    state.mkdir(parents=True, exist_ok=True)
-    random_state = torch.get_rng_state()
-    torch.manual_seed(seed)
-    pipe = load_pipeline("toy", torch.device("cpu"))
-    student = copy.deepcopy(pipe.unet).requires_grad_(True)
-    seconds = train_student(pipe, student, steps, pictures, state)
-    torch.set_rng_state(random_state)
-    pipe.unet = student
-    finished = state / "pipeline"
-    save_pipeline(pipe, consistency_scheduler(pipe, 2), finished)
-    file = finished / "unet" / "diffusion_pytorch_model.safetensors"
-    save_file({name: weight.half() for name, weight in load_file(file).items()}, file, metadata={"format": "pt"})
-    how = {"seed": seed, "steps": steps, "pictures": pictures, "guidance_scale": GUIDANCE, "seconds": seconds}
-    build.write_made(finished, how)
-    finished.rename(folder)
-    shutil.rmtree(state)
+    """Distils the miniature and saves it, with made.json, which says how; as of build.made_whole."""
+    with build.made_whole(folder, seed) as state:
+        pipe = load_pipeline("toy", torch.device("cpu"))
+        student = copy.deepcopy(pipe.unet).requires_grad_(True)
+        seconds = train_student(pipe, student, steps, pictures, state)
+        pipe.unet = student
+        save_pipeline(pipe, consistency_scheduler(pipe, 2), state / "pipeline")
+        build.halve(state / "pipeline")
+        how = {"seed": seed, "steps": steps, "pictures": pictures, "guidance_scale": GUIDANCE, "seconds": seconds}
+        build.write_made(state / "pipeline", how)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from config import LasroConfig
 from plumbing import checkpoint
-from plumbing.pipeline import encode_prompts, load_pipeline, pipeline_policy, unet_policy
+from plumbing.pipeline import encode_prompts, load_pipeline, network_policy, pipeline_policy
 from plumbing.processes import Share, all_wait_for_first, say
 from plumbing.prompts import draw_prompts
 from plumbing.schedules import lcm_scheduler
@@ -47,7 +47,7 @@ def consistency_scheduler(pipe: DiffusionPipeline, num_steps: int = 0) -> LCMSch
 
 def few_step_policy(pipe: DiffusionPipeline, num_steps: int, config: LasroConfig) -> Policy:
     """The generator with T = num_steps."""
-    return unet_policy(
+    return network_policy(
         pipe.unet, encode_prompts(pipe, None), consistency_scheduler(pipe, num_steps), guidance_scale=config.guidance_scale,
         eta=1.0, autocast=config.autocast,
     )  # fmt: skip
@@ -63,7 +63,7 @@ def solver_policies(
     """
     uncond, scheduler = encode_prompts(pipe, None), consistency_scheduler(pipe)
     student, of_target, of_teacher = (
-        unet_policy(unet, uncond, scheduler, guidance_scale=w, eta=1.0, autocast=autocast)
+        network_policy(unet, uncond, scheduler, guidance_scale=w, eta=1.0, autocast=autocast)
         for unet, w in ((pipe.unet, of_student), (target, of_student), (teacher.unet, guidance_scale))
     )
     predicts = teacher.scheduler.config.prediction_type

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler, UNet2DConditionModel
+from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
@@ -19,34 +19,49 @@ from transformers.utils import logging as transformers_logging
 import miniature
 from config import DTYPES
 from plumbing.errors import told_of
-from plumbing.networks import Embeddings, GuidedUNet
+from plumbing.networks import NETWORK_NAMES, NETWORKS, Embeddings, guided, network_name, network_of
 from plumbing.reward_models import Reward
-from plumbing.schedules import noise_schedule, scheduler_at
+from plumbing.schedules import Scheduler, noise_schedule, scheduler_at
 from sampler import Policy, sample_trajectories
 
 LIBRARIES = (None, "diffusers", "transformers", "stable_diffusion")  # that parts of a pipeline are of; the last is of diffusers
 DECODED = 2**20  # pixels at a time: four pictures of 512 x 512; a decoder takes far more memory for them than a UNet does
 
 
-def unet_policy(
-    unet: UNet2DConditionModel, uncond: Embeddings, scheduler: DDIMScheduler | LCMScheduler, *,
-    guidance_scale: float, eta: float, log_prob_reduction: str = "mean", autocast: str = "no",
+def network_policy(
+    network: torch.nn.Module, uncond: Embeddings, scheduler: Scheduler, *,
+    guidance_scale: float, eta: float, log_prob_reduction: str = "mean", autocast: str = "no", size: int = 0,
 ) -> Policy:  # fmt: skip
-    """The policy of a UNet on a schedule of T steps."""
+    """The policy of a UNet or transformer on a schedule of T steps; size: of latents, by default the UNet's own."""
+    denoise, size = guided(network)(network, uncond, guidance_scale, DTYPES[autocast]), size or network.config.sample_size
     return Policy(
-        GuidedUNet(unet, uncond, guidance_scale, DTYPES[autocast]), noise_schedule(scheduler, eta, unet.device),
-        (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size), unet.device,
-        torch.promote_types(unet.dtype, torch.float32), log_prob_reduction,
+        denoise, noise_schedule(scheduler, eta, network.device), (denoise.channels, size, size), network.device,
+        torch.promote_types(network.dtype, torch.float32), log_prob_reduction,
     )  # fmt: skip
 
 
 def pipeline_policy(pipe: DiffusionPipeline, num_steps: int, **settings) -> Policy:
-    """The policy of a pipeline with its own schedule at T = num_steps; settings: those of unet_policy."""
-    return unet_policy(pipe.unet, encode_prompts(pipe, None), scheduler_at(pipe.scheduler, num_steps), **settings)
+    """The policy of a pipeline with its own schedule at T = num_steps; settings: those of network_policy."""
+    scheduler = scheduler_at(pipe.scheduler, num_steps, patches=(latent_size(pipe) // 2) ** 2)
+    return network_policy(network_of(pipe), encode_prompts(pipe, None), scheduler, size=latent_size(pipe), **settings)
 
 
-def load_pipeline(name: str, device: torch.device) -> DiffusionPipeline:
-    """The frozen fp32 pipeline toy or toy-turbo, of a folder or a hub id, without safety checker; ValueError if there is none."""
+def latent_size(pipe: DiffusionPipeline) -> int:
+    """Height and width of its latents: of the resolution that load_pipeline was told, or its own."""
+    own = getattr(pipe, "default_sample_size", None) or network_of(pipe).config.sample_size
+    return getattr(pipe, "resolution", 0) // pipe.vae_scale_factor or own
+
+
+def load_pipeline(
+    name: str, device: torch.device, *, resolution: int = 0, max_sequence_length: int = 256, frozen_dtype: str = "fp32",
+    trains_all: bool = False, text_encoders_on_cpu: bool = False,
+) -> DiffusionPipeline:  # fmt: skip
+    """The frozen pipeline of miniature.PIPELINES, of a folder or a hub id, without safety checker; ValueError if there is none.
+
+    resolution: of its pictures, in pixels, 0 its own. max_sequence_length: tokens of its T5, if it has one.
+    frozen_dtype: of text encoders, and of the network unless trains_all; all else is fp32.
+    text_encoders_on_cpu: they stay there and go to the device for the time of an encoding.
+    """
     name = str(miniature.PIPELINES.get(name, name))
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
@@ -64,7 +79,9 @@ def load_pipeline(name: str, device: torch.device) -> DiffusionPipeline:
             # Weights in safetensors only: nothing is unpickled.
             folder = name if local else DiffusionPipeline.download(name, safety_checker=None, use_safetensors=True)
             check_index(Path(folder))
-            pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, safety_checker=None, use_safetensors=True)
+            full = ["vae", *(NETWORK_NAMES if trains_all else ())]
+            dtypes = {"default": DTYPES[frozen_dtype], **{name: torch.float32 for name in full if (Path(folder) / name).is_dir()}}
+            pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtypes, safety_checker=None, use_safetensors=True)
     except Exception as error:  # the libraries raise many kinds for a folder that is no pipeline, or no connection
         if local:
             raise ValueError(f"cannot load a pipeline from the folder {name!r}: {str(error).splitlines()[0]}") from error
@@ -72,14 +89,23 @@ def load_pipeline(name: str, device: torch.device) -> DiffusionPipeline:
             f"cannot load the hub id {name!r}, and there is no folder of that name ({' '.join(str(error).split())[:100]}...): "
             f"check id and connection, or download it elsewhere (hf download {name} --local-dir FOLDER) and give the folder"
         ) from error
-    if not isinstance(getattr(pipe, "unet", None), UNet2DConditionModel) or not hasattr(pipe, "encode_prompt"):
-        raise ValueError(f"{name!r} is a {type(pipe).__name__}: a text-to-image pipeline with a UNet is needed")
+    if not isinstance(network_of(pipe), tuple(NETWORKS)) or not hasattr(pipe, "encode_prompt"):
+        raise ValueError(
+            f"{name!r} is a {type(pipe).__name__}: a text-to-image pipeline of Stable Diffusion 1, 2, XL, 3 or FLUX.1 is needed"
+        )
     pipe.set_progress_bar_config(disable=True)
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval()
+    smallest = pipe.vae_scale_factor * 2  # transformers see patches of 2 x 2
+    if resolution % smallest or resolution < 0:
+        raise ValueError(f"resolution must be a multiple of {smallest} for {name!r} (0 is its own), not {resolution}")
+    pipe.resolution, pipe.max_sequence_length = resolution, max_sequence_length
     with told_of(f"the pipeline {name!r}", device):
-        return pipe.to(device)
+        for part in pipe.components.values():
+            if isinstance(part, torch.nn.Module) and not (text_encoders_on_cpu and part in text_encoders(pipe)):
+                part.to(device)
+    return pipe
 
 
 def check_index(folder: Path) -> None:
@@ -90,8 +116,8 @@ def check_index(folder: Path) -> None:
         raise ValueError(f"model_index.json names code for {(others or ['_class_name'])[0]}, and nothing of a model is run")
 
 
-def save_pipeline(pipe: DiffusionPipeline, scheduler: DDIMScheduler | LCMScheduler, folder: Path) -> None:
-    """Saves the UNet and this schedule beside copies of the other parts' files; an older result is replaced when it is whole.
+def save_pipeline(pipe: DiffusionPipeline, scheduler: Scheduler, folder: Path) -> None:
+    """Saves the network and this schedule beside copies of the other parts' files; an older result is replaced when it is whole.
 
     What was not trained arrives as it was loaded: a library that saves it anew may write what other versions cannot read.
     """
@@ -99,13 +125,13 @@ def save_pipeline(pipe: DiffusionPipeline, scheduler: DDIMScheduler | LCMSchedul
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     index = json.loads((source / "model_index.json").read_text())
-    pipe.unet.save_pretrained(unfinished / "unet")
+    network_of(pipe).save_pretrained(unfinished / network_name(pipe))
     scheduler.save_pretrained(unfinished / "scheduler")
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
     for name, part in pipe.components.items():
         if part is None and name in index:
             index[name] = [None, None]
-        elif name not in ("unet", "scheduler") and (source / name).is_dir():
+        elif name not in (network_name(pipe), "scheduler") and (source / name).is_dir():
             shutil.copytree(source / name, unfinished / name)
     if "requires_safety_checker" in index:
         index["requires_safety_checker"] = False
@@ -114,20 +140,24 @@ def save_pipeline(pipe: DiffusionPipeline, scheduler: DDIMScheduler | LCMSchedul
     unfinished.rename(folder)
 
 
+def text_encoders(pipe: DiffusionPipeline) -> list[torch.nn.Module]:
+    return [part for name, part in pipe.components.items() if name.startswith("text_encoder") and part is not None]
+
+
 @torch.no_grad()
 def encode_prompts(pipe: DiffusionPipeline, prompts: Sequence[str] | None) -> Embeddings:
-    """Text embeddings of the prompts, each encoded once; of the empty prompt, as guidance uses it, for None."""
-    different = list(dict.fromkeys(prompts or [""]))
-    encoded = pipe.encode_prompt(
-        different, device=pipe.unet.device, num_images_per_prompt=1, do_classifier_free_guidance=prompts is None
-    )
-    # (prompt, negative) or, of SDXL, (prompt, negative, pooled, negative pooled)
-    states, *pooled = encoded[1::2] if prompts is None else encoded[0::2]
-    tensors = {"encoder_hidden_states": states}
-    if pooled:
-        size = (pipe.unet.config.sample_size * pipe.vae_scale_factor,) * 2
-        ids = pipe._get_add_time_ids(size, (0, 0), size, states.dtype, pipe.text_encoder_2.config.projection_dim)
-        tensors |= {"text_embeds": pooled[0], "time_ids": ids.to(states.device).repeat(len(states), 1)}
+    """Text embeddings of the prompts, each encoded once; of the empty prompt, as guidance uses it, for None.
+
+    Text encoders that are kept on the CPU are on the network's device meanwhile.
+    """
+    different, network = list(dict.fromkeys(prompts or [""])), network_of(pipe)
+    homes = [(part, part.device) for part in text_encoders(pipe)]
+    for part, _ in homes:
+        part.to(network.device)
+    size = latent_size(pipe) * pipe.vae_scale_factor
+    tensors = guided(network).encode(pipe, None if prompts is None else different, network.device, size)
+    for part, home in homes:
+        part.to(home)
     places = {prompt: place for place, prompt in enumerate(different)}
     return Embeddings(tensors)[torch.tensor([places[prompt] for prompt in prompts or [""]])]
 
@@ -144,7 +174,8 @@ def count_truncated(pipe: DiffusionPipeline, prompts: list[str]) -> int:
 @torch.no_grad()
 def decode_latents(pipe: DiffusionPipeline, latents: Tensor) -> Tensor:
     """x_0 latents (M, C, H, W) -> pictures (M, 3, height, width), float in [0, 1]; as many at a time as make DECODED pixels."""
-    latents = latents.to(pipe.device, pipe.vae.dtype) / pipe.vae.config.scaling_factor
+    latents = latents.to(pipe.vae.device, pipe.vae.dtype) / pipe.vae.config.scaling_factor
+    latents = latents + (pipe.vae.config.get("shift_factor") or 0.0)
     at_once = max(1, DECODED // (math.prod(latents.shape[-2:]) * pipe.vae_scale_factor**2))
     images = torch.cat([pipe.vae.decode(some).sample for some in latents.split(at_once)])
     return (images.float() / 2 + 0.5).clamp(0, 1)

@@ -14,7 +14,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler, LCMScheduler
 from torch import Tensor
 
 from config import Config
@@ -25,6 +24,7 @@ from plumbing.pipeline import sample_images
 from plumbing.processes import RANK, WORLD_SIZE, all_gather, all_wait_for_first, answer, say
 from plumbing.record import read_metrics
 from plumbing.reward_models import Reward
+from plumbing.schedules import Scheduler
 from plumbing.scores import mean_and_error
 from plumbing.trackers import Watch
 from plumbing.trainable import save_result
@@ -266,7 +266,7 @@ class Run:
         self.tell(describe_rounding(self.config, deviation))
         say(warn_of_rounding(self.config, deviation))
 
-    def all_conclude(self, scheduler: DDIMScheduler | LCMScheduler) -> Path:
+    def all_conclude(self, scheduler: Scheduler) -> Path:
         """The end of a run: its result is saved with this scheduler, and published where that was asked for -> the run folder."""
         all_wait_for_first(lambda: save_result(self.pipe, scheduler, self.folder))
         answer(f"the finetuned pipeline is in {self.folder / 'pipeline'}, the curve in {self.folder / 'reward.png'}")

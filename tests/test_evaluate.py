@@ -239,7 +239,7 @@ def test_predicted_differences_are_those_of_the_log_ratio(runs, two_models, tmp_
     prompts = load_prompts("toy-small")
     tuned, base = (load_pipeline(str(folder), CPU) for folder in (runs / "whole" / "pipeline", two_models / "base"))
     policy = make_policy(tuned, num_steps=3, guidance_scale=1.0)
-    reference = dataclasses.replace(policy, denoise=dataclasses.replace(policy.denoise, unet=base.unet))
+    reference = dataclasses.replace(policy, denoise=dataclasses.replace(policy.denoise, network=base.unet))
     for n in range(2):
         cond = encode_prompts(tuned, [prompts[n]] * 3)
         names = [(0, EVALUATION, n, b) for b in range(3)]

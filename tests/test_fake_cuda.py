@@ -12,7 +12,8 @@ from conftest import ROOT, make_pipeline
 
 FOLDER = ROOT / "tests" / "fake_cuda"
 SAMPLING = ("sampler.py", "plumbing/networks.py", "plumbing/pipeline.py")
-UNET, LOG_PROB = "plumbing/networks.py:GuidedUNet.__call__", "sampler.py:gaussian_log_prob"
+UNET, GUIDANCE = "plumbing/networks.py:GuidedUNet.predict", "plumbing/networks.py:Guided.__call__"
+LOG_PROB = "sampler.py:gaussian_log_prob"
 TRAINING = (
     "--preset toy --eval_prompts= --prompts_per_epoch 1 --images_per_prompt 2 --num_steps 2 --guidance_scale 3 --autocast bf16 "
     "--reward test_fake_cuda:brightness"
@@ -107,7 +108,7 @@ def test_autocast_of_the_unet(outcomes):
         assert dtypes[operation] == ["cuda float32"], operation
     # The fp32 one is its second output, of log-sum-exps.
     assert dtypes["_scaled_dot_product_efficient_attention"] == ["cuda bfloat16", "cuda float32"]
-    assert dtypes["sub"] == ["cuda float32"]  # of guidance
+    assert outcomes["resumed"]["dtypes"][GUIDANCE]["sub"] == ["cuda float32"]
 
 
 @pytest.mark.parametrize("name", CASES)

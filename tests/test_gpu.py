@@ -23,7 +23,7 @@ from plumbing import processes
 from plumbing.describe import rounding
 from plumbing.flags import parse
 from plumbing.networks import Embeddings
-from plumbing.pipeline import encode_prompts, load_pipeline, pipeline_policy, unet_policy
+from plumbing.pipeline import encode_prompts, load_pipeline, network_policy, pipeline_policy
 from plumbing.schedules import ddim_scheduler
 from plumbing.trainable import make_trainable, trained_parameters
 from sampler import gaussian, gaussian_log_prob, log_prob_table, sample_trajectories
@@ -120,7 +120,7 @@ def test_memory_is_what_was_derived():
     optimizer = torch.optim.AdamW(trained_parameters(pipe).values(), fused=True)
     texts = Embeddings({"encoder_hidden_states": torch.randn(1, 77, 768, device="cuda")})
     scheduler = ddim_scheduler(memory.DDIMScheduler().config, 50)
-    policy = unet_policy(unet, texts, scheduler, guidance_scale=5.0, eta=1.0, autocast="bf16")
+    policy = network_policy(unet, texts, scheduler, guidance_scale=5.0, eta=1.0, autocast="bf16")
     x_t, i = torch.randn(2, 4, 64, 64, device="cuda"), torch.zeros(2, dtype=torch.long, device="cuda")
     before = torch.cuda.memory_allocated() / 2**30 - memory.size_of(unet)  # of other tests
     torch.cuda.reset_peak_memory_stats()

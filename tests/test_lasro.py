@@ -217,7 +217,7 @@ def test_the_surrogate_is_the_unets_lower_half(pipe):
         torch.zeros(2, dtype=torch.long),
     )
     policy.denoise(z[:, 0], clean, cond)
-    critic = dataclasses.replace(policy.denoise, unet=surrogate)
+    critic = dataclasses.replace(policy.denoise, network=surrogate)
     assert critic(z[:, 0], clean, cond).tolist() == [[0, 0], [0, 0]]
     assert torch.equal(*seen)
     assert sum(p.numel() for p in surrogate.parameters()) < sum(p.numel() for p in pipe.unet.parameters())

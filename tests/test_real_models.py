@@ -105,7 +105,7 @@ def test_adapters_off_is_the_base_model_exactly(pipe):
     assert trained and all("lora_" in name for name in trained)
     policy = make_policy(pipe)
     drawn = draw(policy, pipe)
-    of_base = dataclasses.replace(policy, denoise=dataclasses.replace(policy.denoise, unet=base))
+    of_base = dataclasses.replace(policy, denoise=dataclasses.replace(policy.denoise, network=base))
     expected = log_prob_table(of_base, drawn, 4)
     assert torch.equal(log_prob_table(policy, drawn, 4), expected)  # theta starts at ref
     with torch.no_grad():
