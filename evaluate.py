@@ -51,7 +51,7 @@ class EvaluationConfig:
     num_steps: int = setting(50, "T; with --runs its own, unless given.")
     guidance_scale: float = setting(5.0, "w; with --runs its own, unless given.")
     eta: float = setting(1.0, "Noise of a step relative to DDPM's; with --runs its own, unless given.")
-    resolution: int = setting(0, "Height and width of pictures, 0 its own; with --runs theirs, unless given.")
+    resolution: int = setting(0, "Height and width of pictures; 0 is the model's. With --runs its own, unless given.")
     max_sequence_length: int = setting(256, "Tokens of T5, if the model has one; with --runs its own, unless given.")
     autocast: Literal["no", "bf16"] = setting("no", "Precision of the UNet's passes; with --runs its own, unless given.")
     tf32: bool = setting(False, "TF32 in fp32 matrix products and convolutions; with --runs its own, unless given.")
@@ -72,7 +72,8 @@ PROTOCOLS = {
     ),
 }
 OF_THE_RUN = (  # unless given
-    "num_steps", "guidance_scale", "eta", "resolution", "max_sequence_length", "autocast", "tf32", "prompts_dir", "reward_weights",
+    "num_steps", "guidance_scale", "eta", "resolution", "max_sequence_length", "autocast", "tf32", "prompts_dir",
+    "reward_weights",
 )  # fmt: skip
 MAY_CHANGE = {"batch_size", "prompts_dir", "reward_weights", "pictures", "models", "prompts", "runs", "checkpoints", "output_dir"}
 

@@ -3,7 +3,8 @@
     python -m benchmarks.rehearsal FOLDER                     # Stable Diffusion v1.4's exact shape (4.3 GB), tiny reward models
     python -m benchmarks.rehearsal FOLDER --rewards full      # reward models of the real shapes too (12 GB more)
     python -m benchmarks.rehearsal FOLDER --pipeline tiny     # everything tiny: the whole program within a minute on a CPU
-    python -m benchmarks.rehearsal FOLDER --pipeline sd-turbo # a model of few steps, for lasro.py; also sdxl-turbo and lcm
+    python -m benchmarks.rehearsal FOLDER --pipeline sd-turbo # of few steps, for lasro.py; also sdxl-turbo and lcm
+    python -m benchmarks.rehearsal FOLDER --pipeline flux-dev # a flow; also sd3.5-medium
 
 Prints the command that trains on them. Pictures and scores mean nothing; memory, speed and file handling are the real ones.
 """
@@ -23,9 +24,14 @@ from diffusers import (
     AutoencoderKL,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     LatentConsistencyModelPipeline,
     LCMScheduler,
     PNDMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -40,6 +46,9 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
 )
 from transformers.utils import logging
 
@@ -49,15 +58,23 @@ from plumbing.errors import one_line_errors
 from plumbing.prompts import ANIMALS, ON_THE_HUB
 from plumbing.reward_models import SOURCES
 
+LETTERS = [*map(chr, range(33, 127)), "\N{LOWER ONE EIGHTH BLOCK}"]  # the last is T5's space
 NOISE = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1)
 PNDM = PNDMScheduler(**NOISE, skip_prk_steps=True)
 VAE = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512)
 TEXT = dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768)
+TEXT_G = dict(
+    hidden_size=1280, intermediate_size=5120, num_attention_heads=20, num_hidden_layers=32, hidden_act="gelu", projection_dim=1280
+)
+T5 = dict(d_model=4096, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu")
+FLOW_VAE = dict(latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False)
 SMALL_VAE = dict(block_out_channels=(16, 16, 16, 16), layers_per_block=1, norm_num_groups=4)
 TINY_TEXT = dict(hidden_size=32, intermediate_size=64, num_attention_heads=4, num_hidden_layers=2, projection_dim=32)
 TINY_UNET = dict(
     sample_size=8, cross_attention_dim=32, block_out_channels=(16, 16, 32, 32), layers_per_block=1, norm_num_groups=4
 )
+TINY_FLOW_VAE = SMALL_VAE | FLOW_VAE | dict(sample_size=64, latent_channels=4)
+TINY_T5 = dict(d_model=64, d_kv=8, d_ff=32, num_layers=1, num_heads=4, vocab_size=len(LETTERS) + 3)
 XL_BLOCKS = dict(
     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -84,13 +101,23 @@ PIPELINES = {
             sample_size=64, cross_attention_dim=2048, block_out_channels=(320, 640, 1280), attention_head_dim=(5, 10, 20),
             transformer_layers_per_block=(1, 2, 10), addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
         ),
-        text=TEXT,
-        text_2=dict(hidden_size=1280, intermediate_size=5120, num_attention_heads=20, num_hidden_layers=32, hidden_act="gelu",
-                    projection_dim=1280),
+        text=TEXT, text_2=TEXT_G,
     ),
     "lcm": dict(
         scheduler=LCMScheduler(**NOISE), unet=dict(sample_size=64, cross_attention_dim=768, time_cond_proj_dim=256), vae=VAE,
         text=TEXT,
+    ),
+    # Flows
+    "sd3.5-medium": dict(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), text=TEXT, text_2=TEXT_G, t5=T5, vae=VAE | FLOW_VAE,
+        transformer=dict(
+            sample_size=128, num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=384,
+            dual_attention_layers=tuple(range(13)), qk_norm="rms_norm",
+        ),
+    ),
+    "flux-dev": dict(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, max_shift=1.15), text=TEXT, t5=T5,
+        vae=VAE | FLOW_VAE | dict(scaling_factor=0.3611, shift_factor=0.1159), transformer=dict(guidance_embeds=True),
     ),
     "tiny-sd-turbo": dict(
         scheduler=EulerDiscreteScheduler(**NOISE, timestep_spacing="trailing"), unet=TINY_UNET,
@@ -107,6 +134,22 @@ PIPELINES = {
     "tiny-lcm": dict(
         scheduler=LCMScheduler(**NOISE), unet=TINY_UNET | dict(time_cond_proj_dim=32), vae=SMALL_VAE | dict(sample_size=64),
         text=TINY_TEXT,
+    ),
+    "tiny-sd3.5-medium": dict(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), text=TINY_TEXT, text_2=TINY_TEXT, t5=TINY_T5, vae=TINY_FLOW_VAE,
+        transformer=dict(
+            sample_size=8, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4,
+            joint_attention_dim=64, caption_projection_dim=32, pooled_projection_dim=64, pos_embed_max_size=8,
+            dual_attention_layers=(0,), qk_norm="rms_norm",
+        ),
+    ),
+    "tiny-flux-dev": dict(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, max_shift=1.15), text=TINY_TEXT,
+        t5=TINY_T5 | dict(d_model=32), vae=TINY_FLOW_VAE,
+        transformer=dict(
+            in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=32, pooled_projection_dim=32, guidance_embeds=True, axes_dims_rope=(4, 4, 8),
+        ),
     ),
 }  # fmt: skip
 TINY_TOWER = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
@@ -142,7 +185,7 @@ REWARDS = {
 }  # fmt: skip
 
 
-VAE_BLOCKS = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4)
+VAE_BLOCKS = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
 
 
 def clip_config(shape: dict) -> CLIPConfig:
@@ -168,19 +211,38 @@ def bert_tokenizer(size: int) -> BertTokenizer:
     return BertTokenizer(vocab={token: i for i, token in enumerate(tokens)})
 
 
+def t5_tokenizer() -> T5Tokenizer:
+    """In T5's files. Letters are its words: the real vocabulary is in no package."""
+    specials = ["<pad>", "</s>", "<unk>"]
+    return T5Tokenizer(vocab=[(token, 0.0) for token in specials] + [(token, -1.0) for token in LETTERS], extra_ids=0)
+
+
 def make_pipeline(folder: Path, size: str) -> None:
     """A pipeline in the classes and files of the model of that shape, CompVis/stable-diffusion-v1-4 for full."""
     shape = PIPELINES[size]
-    parts = dict(
-        unet=UNet2DConditionModel(**shape["unet"]), vae=AutoencoderKL(**VAE_BLOCKS, **shape["vae"]), scheduler=shape["scheduler"],
-        text_encoder=CLIPTextModel(CLIPTextConfig(vocab_size=49408, **shape["text"])), tokenizer=clip_tokenizer(),
-    )  # fmt: skip
+    projected = "transformer" in shape and "text_2" in shape  # what Stable Diffusion 3 asks of its first text encoder too
+    texts = {
+        "text_encoder": (CLIPTextModelWithProjection if projected else CLIPTextModel)(CLIPTextConfig(**shape["text"])),
+        "tokenizer": clip_tokenizer(),
+    }
     if "text_2" in shape:
-        second = CLIPTextModelWithProjection(CLIPTextConfig(vocab_size=49408, **shape["text_2"]))
-        pipe = StableDiffusionXLPipeline(**parts, text_encoder_2=second, tokenizer_2=clip_tokenizer(), add_watermarker=False)
-    else:
-        kind = LatentConsistencyModelPipeline if isinstance(shape["scheduler"], LCMScheduler) else StableDiffusionPipeline
-        pipe = kind(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+        second = CLIPTextModelWithProjection(CLIPTextConfig(**shape["text_2"]))
+        texts |= {"text_encoder_2": second, "tokenizer_2": clip_tokenizer()}
+    if "t5" in shape:
+        place = 3 if "text_2" in shape else 2
+        texts |= {f"text_encoder_{place}": T5EncoderModel(T5Config(**shape["t5"])), f"tokenizer_{place}": t5_tokenizer()}
+    parts = texts | {"vae": AutoencoderKL(**VAE_BLOCKS, **shape["vae"]), "scheduler": shape["scheduler"]}
+    match shape:
+        case {"transformer": transformer, "text_2": _}:
+            pipe = StableDiffusion3Pipeline(**parts, transformer=SD3Transformer2DModel(**transformer))
+        case {"transformer": transformer}:
+            pipe = FluxPipeline(**parts, transformer=FluxTransformer2DModel(**transformer))
+        case {"unet": unet, "text_2": _}:
+            pipe = StableDiffusionXLPipeline(**parts, unet=UNet2DConditionModel(**unet), add_watermarker=False)
+        case {"unet": unet, "scheduler": scheduler}:
+            kind = LatentConsistencyModelPipeline if isinstance(scheduler, LCMScheduler) else StableDiffusionPipeline
+            nothing = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+            pipe = kind(**parts, unet=UNet2DConditionModel(**unet), **nothing)
     pipe.save_pretrained(folder)
 
 

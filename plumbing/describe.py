@@ -70,9 +70,12 @@ def describe_epoch(line: dict, epochs: int, left: float) -> str:
 def rounding(policy: Policy, trajectories: Trajectories, batch_size: int) -> Tensor:
     """How far log-ratios at unchanged weights are from zero -> largest deviation of each step (S,), in the unit of log-probs.
 
-    The policy's own precision and batches are compared with fp32 and one entry at a time. A clip range below this is noise.
+    The policy's own precision and batches are compared with fp32 (where the weights are) and one entry at a time. A clip range
+    below this is noise.
     """
-    exact = dataclasses.replace(policy, denoise=dataclasses.replace(policy.denoise, autocast=None))
+    in_fp32 = all(weight.dtype == torch.float32 for weight in policy.denoise.network.parameters())
+    autocast = None if in_fp32 else policy.denoise.autocast
+    exact = dataclasses.replace(policy, denoise=dataclasses.replace(policy.denoise, autocast=autocast))
     tf32 = torch.backends.cuda.matmul.allow_tf32
     used = log_prob_table(policy, trajectories, batch_size)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
