@@ -3,8 +3,9 @@
     python -m benchmarks.gpu --output results/gpu                                  # where it was interrupted it goes on
     python -m benchmarks.gpu --output runs/gpu-rehearsed --shape tiny              # everything tiny, on a CPU as well
 
-Stable Diffusion v1.4's shape and a full-sized HPSv2 of random weights (benchmarks.rehearsal, about 17 GB in --folder), at the
-paper's large-scale settings but for 4 prompts an epoch instead of 64, and 10 steps instead of 50 in fp32 and in the recipes:
+Stable Diffusion v1.4's shape and a full-sized HPSv2 of random weights (benchmarks.rehearsal, about 6 GB in --folder), at the
+paper's large-scale settings but for 4 prompts an epoch instead of 64 and T = 10 instead of 50 (fp32: 2, TF32: 4), and adapters of
+the flows' shapes by their presets (about 7 and 34 GB):
 
     tests           those marked gpu, each with its outcome
     rounding        how far log-ratios at unchanged weights are from 0, by precision
@@ -25,7 +26,7 @@ from xml.etree import ElementTree
 
 import torch
 
-from benchmarks import memory, rehearsal
+from benchmarks import memory
 from plumbing.describe import rounding
 from plumbing.errors import last_words, one_line_errors
 from plumbing.flags import parse
@@ -39,17 +40,18 @@ ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 480  # seconds of a part
 GOAL = 0.45  # of the measured rate of bf16 over an epoch
 SPEED = {  # name: T and flags
-    "fp32": (10, "--autocast no"),
-    "tf32": (10, "--autocast no --tf32 True"),
-    "bf16": (50, ""),
-    "bf16, channels_last": (50, "--channels_last True"),
-    "bf16, compile": (50, "--compile True"),
-    "bf16, compile, channels_last": (50, "--compile True --channels_last True"),
-    "bf16, batches of 32": (50, "--sample_batch_size 32 --log_prob_batch_size 32 --train_batch_size 16"),
-    "bf16, auto": (50, "--sample_batch_size auto --log_prob_batch_size auto --train_batch_size auto"),
-    "bf16, adapters": (50, "--lora_rank 16"),
-    "bf16, reference on a tenth": (50, "--reference_steps {tenth}"),
+    "bf16": (10, ""),
+    "bf16, channels_last": (10, "--channels_last True"),
+    "bf16, compile": (10, "--compile True"),
+    "bf16, compile, channels_last": (10, "--compile True --channels_last True"),
+    "bf16, batches of 32": (10, "--sample_batch_size 32 --log_prob_batch_size 32 --train_batch_size 16"),
+    "bf16, auto": (10, "--sample_batch_size auto --log_prob_batch_size auto --train_batch_size auto"),
+    "bf16, adapters": (10, "--lora_rank 16"),
+    "bf16, reference on a tenth": (10, "--reference_steps 1"),
+    "tf32": (4, "--autocast no --tf32 True"),
+    "fp32": (2, "--autocast no"),
 }
+FLOWS = {"sd3.5-medium": "sd3.5-medium-no-t5", "flux-dev": "flux-dev"}  # presets and their shapes
 CAPS = {"every weight, 24 GB": 24e9, "adapters, 12 GB": 12e9}  # bytes
 
 
@@ -106,19 +108,36 @@ def run_rounding(options) -> dict:
     return outcome | ({"largest": json.loads(file.read_text())} if file.exists() else {})
 
 
-def speed_flags(name: str, limit: int) -> list[str]:
-    """T, of at most `limit` steps, and what makes it this part."""
-    most, flags = SPEED[name]
-    steps = min(most, limit)
-    return ["--num_steps", str(steps), *flags.format(tenth=max(1, steps // 10)).split()]
-
-
-def measure_speed(name: str, options) -> dict:
+def measure_speed(steps: int, flags: list[str], options) -> dict:
     file = options.folder / "speed.json"
     file.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "benchmarks.speed", "--output", str(file)]
-    outcome = call([*command, *options.flags, *speed_flags(name, options.steps)])
+    command = [sys.executable, "-m", "benchmarks.speed", "--epochs", "3", "--output", str(file)]
+    outcome = call([*command, *options.flags, "--num_steps", str(min(steps, options.steps)), *flags])
     return outcome | (json.loads(file.read_text()) if file.exists() else {})
+
+
+def make(folder: Path, shape: str, rewards: list[str], dtype: str = "fp32") -> dict:
+    """A rehearsal's files, made on the GPU if there is one, in a process that ends."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    size = "tiny" if shape.startswith("tiny") else "full"
+    flags = ["--pipeline", shape, "--rewards", size, "--only", *rewards, "--device", device, "--dtype", dtype]
+    return call([sys.executable, "-m", "benchmarks.rehearsal", str(folder), *flags])
+
+
+def measure_flow(preset: str, options) -> dict:
+    """Three steps, which is the least of which two have noise."""
+    folder = options.folder / "flow"
+    shutil.rmtree(folder, ignore_errors=True)
+    made = make(folder, ("tiny-" if options.shape == "tiny" else "") + FLOWS[preset], [], "bf16")
+    if made["failure"]:
+        return made
+    flags = ["--preset", preset, "--prompts", "hpdv2-train", "--reward", "hpsv2", "--model", str(folder / "pipeline")]
+    if options.shape == "tiny":
+        flags += ["--resolution", "64"]
+    try:
+        return measure_speed(3, [*flags, "--prompts_per_epoch", "2"], options) | {"seconds_to_make": made["seconds"]}
+    finally:
+        shutil.rmtree(folder)
 
 
 def run_recipe(name: str, options) -> dict:
@@ -146,8 +165,9 @@ def parts(options) -> dict:
     return {
         "tests": lambda: run_tests(options),
         "rounding": lambda: run_rounding(options),
-        **{f"speed {name}": lambda name=name: measure_speed(name, options) for name in SPEED},
+        **{f"speed {name}": lambda do=do: measure_speed(do[0], do[1].split(), options) for name, do in SPEED.items()},
         **{f"recipe {name}": lambda name=name: run_recipe(name, options) for name in CAPS},
+        **{f"speed {preset}": lambda preset=preset: measure_flow(preset, options) for preset in FLOWS},
     }
 
 
@@ -158,24 +178,33 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of the JSON files; what is there is not done again")
     parser.add_argument("--folder", type=Path, default=Path("runs/gpu"), help="of models and runs")
     parser.add_argument("--shape", choices=("full", "tiny"), default="full")
+    parser.add_argument("--parts", nargs="+", metavar="PART", default=[], help="some of them, in this order; by default all")
     options = parser.parse_args(argv)
-    options.folder, options.steps = options.folder.absolute(), 50 if options.shape == "full" else 3
+    options.folder, options.steps = options.folder.absolute(), 10 if options.shape == "full" else 3
     with one_line_errors(ValueError, OSError):
+        everything = parts(options)
+        if unknown := [name for name in options.parts if name not in everything]:
+            raise ValueError(f"no part {unknown[0]!r}: use {', '.join(everything)}")
         if options.shape == "full" and not torch.cuda.is_available():
             raise ValueError("there is no GPU: --shape tiny shows the command on a CPU")
         for folder in (options.output, options.folder):
             folder.mkdir(parents=True, exist_ok=True)
-        made = options.folder / "rehearsal.json"
-        if not made.exists():
-            shutil.rmtree(options.folder / "rehearsal", ignore_errors=True)
-            made.write_text(json.dumps(rehearsal.make(options.folder / "rehearsal", options.shape, options.shape)))
+        made = options.folder / "rehearsal"
+        if not (options.folder / "made").exists():
+            shutil.rmtree(made, ignore_errors=True)
+            if failure := make(made, options.shape, ["hpsv2"])["failure"]:
+                raise ValueError(f"no models were made: {failure}")
+            (options.folder / "made").touch()
+        weights = ["--reward_weights", f"hpsv2={made / 'rewards' / 'hpsv2'}"]
         settings = "--preset large-hpsv2 --prompts_per_epoch 4"
         if options.shape == "tiny":  # a preset that does not ask for a GPU
             settings = (
                 "--preset toy --reward hpsv2 --guidance_scale 5 --autocast bf16 --prompts_per_epoch 2 --images_per_prompt 2"
             )
-        options.flags = [*settings.split(), *json.loads(made.read_text())]
-        for name, run in parts(options).items():
+        files = ["--model", str(made / "pipeline"), "--prompts_dir", str(made / "prompts"), *weights]
+        options.flags = [*settings.split(), *files]
+        for name in options.parts or everything:
+            run = everything[name]
             file = options.output / f"{file_name(name)}.json"
             if not file.exists():
                 result = provenance("-m benchmarks.gpu", argv) | {"part": name} | run()

@@ -5,6 +5,7 @@
     python -m benchmarks.rehearsal FOLDER --pipeline tiny     # everything tiny: the whole program within a minute on a CPU
     python -m benchmarks.rehearsal FOLDER --pipeline sd-turbo # of few steps, for lasro.py; also sdxl-turbo and lcm
     python -m benchmarks.rehearsal FOLDER --pipeline flux-dev # a flow; also sd3.5-medium
+    python -m benchmarks.rehearsal FOLDER --only hpsv2 --device cuda --dtype bf16        # less, sooner, and half the size
 
 Prints the command that trains on them. Pictures and scores mean nothing; memory, speed and file handling are the real ones.
 """
@@ -13,6 +14,7 @@ import argparse
 import gzip
 import json
 import sys
+from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
 
@@ -52,7 +54,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from config import LASRO_PRESETS
+from config import DTYPES, LASRO_PRESETS
 from plumbing import image_reward
 from plumbing.errors import one_line_errors
 from plumbing.prompts import ANIMALS, ON_THE_HUB
@@ -152,6 +154,8 @@ PIPELINES = {
         ),
     ),
 }  # fmt: skip
+PIPELINES["sd3.5-medium-no-t5"] = {**PIPELINES["sd3.5-medium"], "t5": None}  # half the size, and as many tokens: zeros
+PIPELINES["tiny-sd3.5-medium-no-t5"] = {**PIPELINES["tiny-sd3.5-medium"], "t5": None}
 TINY_TOWER = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
 REWARDS = {
     "full": dict(
@@ -217,7 +221,7 @@ def t5_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=[(token, 0.0) for token in specials] + [(token, -1.0) for token in LETTERS], extra_ids=0)
 
 
-def make_pipeline(folder: Path, size: str) -> None:
+def make_pipeline(folder: Path, size: str, dtype: torch.dtype = torch.float32) -> None:
     """A pipeline in the classes and files of the model of that shape, CompVis/stable-diffusion-v1-4 for full."""
     shape = PIPELINES[size]
     projected = "transformer" in shape and "text_2" in shape  # what Stable Diffusion 3 asks of its first text encoder too
@@ -228,7 +232,9 @@ def make_pipeline(folder: Path, size: str) -> None:
     if "text_2" in shape:
         second = CLIPTextModelWithProjection(CLIPTextConfig(**shape["text_2"]))
         texts |= {"text_encoder_2": second, "tokenizer_2": clip_tokenizer()}
-    if "t5" in shape:
+    if "text_2" in shape and "transformer" in shape:
+        texts |= {"text_encoder_3": None, "tokenizer_3": None}
+    if shape.get("t5"):
         place = 3 if "text_2" in shape else 2
         texts |= {f"text_encoder_{place}": T5EncoderModel(T5Config(**shape["t5"])), f"tokenizer_{place}": t5_tokenizer()}
     parts = texts | {"vae": AutoencoderKL(**VAE_BLOCKS, **shape["vae"]), "scheduler": shape["scheduler"]}
@@ -243,30 +249,49 @@ def make_pipeline(folder: Path, size: str) -> None:
             kind = LatentConsistencyModelPipeline if isinstance(scheduler, LCMScheduler) else StableDiffusionPipeline
             nothing = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
             pipe = kind(**parts, unet=UNet2DConditionModel(**unet), **nothing)
-    pipe.save_pretrained(folder)
+    pipe.to(dtype).save_pretrained(folder)
 
 
-def make_rewards(folder: Path, size: str) -> dict[str, Path]:
-    """Reward models in the classes and files of the real ones -> where each is, by its name in reward_models.SOURCES."""
-    shapes = REWARDS[size]
-    for name in ("hpsv2", "hpsv2.1"):
-        (folder / name).mkdir(parents=True)
-        half = {key: tensor.half() for key, tensor in open_clip.CLIP(**shapes["hpsv2"]).state_dict().items()}
-        torch.save({"state_dict": half}, folder / name / SOURCES[name].file)
-        (folder / name / "open_clip_config.json").write_text(json.dumps({"model_cfg": shapes["hpsv2"]}))
-    for name in ("pickscore", "clip"):
-        CLIPModel(clip_config(shapes[name])).save_pretrained(folder / name)
-        clip_tokenizer().save_pretrained(folder / name)
-    blip, place = shapes["imagereward"], folder / "imagereward"
-    place.mkdir()
+def make_hps(folder: Path, name: str, shape: dict) -> None:
+    (folder / name).mkdir(parents=True)
+    half = {key: tensor.half().cpu() for key, tensor in open_clip.CLIP(**shape).state_dict().items()}
+    torch.save({"state_dict": half}, folder / name / SOURCES[name].file)
+    (folder / name / "open_clip_config.json").write_text(json.dumps({"model_cfg": shape}))
+
+
+def make_clip(folder: Path, name: str, shape: dict) -> None:
+    CLIPModel(clip_config(shape)).save_pretrained(folder / name)
+    clip_tokenizer().save_pretrained(folder / name)
+
+
+def make_image_reward(folder: Path, name: str, blip: BlipConfig) -> None:
+    place = folder / name
+    place.mkdir(parents=True)
     state = {image_reward.original_name(name): t for name, t in image_reward.ImageReward(blip).state_dict().items()}
-    torch.save(state, place / SOURCES["imagereward"].file)
+    torch.save(state, place / SOURCES[name].file)
     blip.to_json_file(place / "blip_config.json")
     bert_tokenizer(blip.text_config.vocab_size - 2).save_pretrained(place)  # but for [DEC] and [ENC], which BLIP adds
+
+
+def make_aesthetic(folder: Path, name: str, shape: dict) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     widths = {0: (768, 1024), 2: (1024, 128), 4: (128, 64), 6: (64, 16), 7: (16, 1)}
     head = nn.ModuleDict({"layers": nn.ModuleDict({str(i): nn.Linear(*width) for i, width in widths.items()})})
-    torch.save(head.state_dict(), folder / SOURCES["aesthetic"].file)
-    return {name: folder / (name if name != "aesthetic" else SOURCES["aesthetic"].file) for name in SOURCES}
+    torch.save(head.state_dict(), folder / SOURCES[name].file)
+
+
+MAKERS = {  # of the rewards in reward_models.SOURCES: how each is made, and its shape in REWARDS
+    "hpsv2": (make_hps, "hpsv2"), "hpsv2.1": (make_hps, "hpsv2"), "pickscore": (make_clip, "pickscore"),
+    "clip": (make_clip, "clip"), "imagereward": (make_image_reward, "imagereward"), "aesthetic": (make_aesthetic, "clip"),
+}  # fmt: skip
+
+
+def make_rewards(folder: Path, size: str, names: Iterable[str] = MAKERS) -> dict[str, Path]:
+    """Reward models in the classes and files of the real ones -> where each is, by its name in reward_models.SOURCES."""
+    for name in names:
+        make, shape = MAKERS[name]
+        make(folder, name, REWARDS[size][shape])
+    return {name: folder / (name if name != "aesthetic" else SOURCES["aesthetic"].file) for name in names}
 
 
 def make_prompts(folder: Path) -> None:
@@ -282,15 +307,17 @@ def make_prompts(folder: Path) -> None:
             path.write_text(json.dumps(rows if name == "hpdv2-train" else prompts))
 
 
-def make(folder: Path, pipeline: str, rewards: str) -> list[str]:
+def make(
+    folder: Path, pipeline: str, rewards: str, names: Iterable[str] = MAKERS, dtype: torch.dtype = torch.float32
+) -> list[str]:
     """Makes all of it and returns the flags of train.py that use it; ValueError if the folder is not empty."""
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty: choose another folder")
     torch.manual_seed(0)
     logging.disable_progress_bar()
-    make_pipeline(folder / "pipeline", pipeline)
+    make_pipeline(folder / "pipeline", pipeline, dtype)
     make_prompts(folder / "prompts")
-    weights = [f"{name}={path}" for name, path in make_rewards(folder / "rewards", rewards).items()]
+    weights = [f"{name}={path}" for name, path in make_rewards(folder / "rewards", rewards, names).items()]
     return ["--model", f"{folder / 'pipeline'}", "--prompts_dir", f"{folder / 'prompts'}", "--reward_weights", *weights]
 
 
@@ -299,9 +326,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("folder", type=Path, help="where to put everything; made if it is not there")
     parser.add_argument("--pipeline", choices=PIPELINES, default="full")
     parser.add_argument("--rewards", choices=REWARDS, default="tiny")
+    parser.add_argument("--only", nargs="*", choices=MAKERS, default=list(MAKERS), help="of the reward models")
+    parser.add_argument("--device", default="cpu", help="where random weights are drawn")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the pipeline's weights")
     arguments = parser.parse_args(argv)
-    with one_line_errors(ValueError, OSError):
-        flags = make(arguments.folder, arguments.pipeline, arguments.rewards)
+    with one_line_errors(ValueError, OSError), torch.device(arguments.device):
+        flags = make(arguments.folder, arguments.pipeline, arguments.rewards, arguments.only, DTYPES[arguments.dtype])
     print("Train on it with any preset, for example:\n")
     preset = arguments.pipeline.removeprefix("tiny-")
     if preset in LASRO_PRESETS:

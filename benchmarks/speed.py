@@ -3,9 +3,9 @@
     python -m benchmarks.speed --preset toy                                               # the embedded model, T = 5 and T = 50
     python -m benchmarks.speed --num_steps 50 --preset large-hpsv2 --model FOLDER ...  # any flags of train.py, or rehearsal's
 
-Runs train.py for four epochs with one update each, in processes of their own, and takes the last two (the first has no reference
-pass, and with --compile the second compiles it). Prints a table and, with --output, writes it as JSON with command, versions and
-machine.
+Runs train.py for a few epochs with one update each, in processes of their own, and takes those after the second (the first has
+no reference pass, and with --compile the second compiles it). Prints a table and, with --output, writes it as JSON with
+command, versions and machine.
 
 Utilisation is the floating point operations that the phase needs, over its seconds, over what the same device reaches in one
 large matrix product of the precision that the flags name (of as many devices as processes, if these are GPUs). The UNet's
@@ -36,7 +36,7 @@ from plumbing.provenance import provenance
 from plumbing.record import read_metrics
 from plumbing.schedules import noise_schedule, scheduler_at
 
-EPOCHS, WARM = 4, 2
+WARM = 2  # epochs that are not measured
 
 
 @torch.no_grad()
@@ -82,7 +82,7 @@ def noisy_steps(config: Config, scheduler) -> int:
     return len(noise_schedule(scheduler_at(scheduler, config.num_steps), config.eta).noisy)
 
 
-def measure(processes: int, num_steps: int, flags: list[str], pipe, flops: int, most: float) -> dict:
+def measure(processes: int, num_steps: int, epochs: int, flags: list[str], pipe, flops: int, most: float) -> dict:
     """One row of the table; ValueError with train.py's own message if it refuses the flags."""
     config = parse([*flags, "--num_steps", str(num_steps), "--updates_per_epoch", "1"])
     with tempfile.TemporaryDirectory() as folder:
@@ -90,11 +90,11 @@ def measure(processes: int, num_steps: int, flags: list[str], pipe, flops: int, 
         if processes > 1:
             start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         command = [*start, str(Path(__file__).parent.parent / "train.py"), "--eval_prompts", "", *flags]
-        command += ["--num_steps", str(num_steps), "--epochs", str(EPOCHS), "--updates_per_epoch", "1", "--output_dir", str(run)]
+        command += ["--num_steps", str(num_steps), "--epochs", str(epochs), "--updates_per_epoch", "1", "--output_dir", str(run)]
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if done.returncode:
             raise ValueError(last_words(done.stderr))
-        lines = read_metrics(run)[-(EPOCHS - WARM) :]
+        lines = read_metrics(run)[WARM - epochs :]
     phases = {phase: sum(line["seconds"][phase] for line in lines) / len(lines) for phase in lines[0]["seconds"]}
     if torch.cuda.is_available():
         most *= processes
@@ -115,6 +115,7 @@ def measure(processes: int, num_steps: int, flags: list[str], pipe, flops: int, 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num_steps", type=int, nargs="+", default=[5, 50], help="values of T")
+    parser.add_argument("--epochs", type=int, default=4, help="of them the first two are not measured")
     parser.add_argument("--processes", type=int, nargs="+", default=[1], help="numbers of them, by torchrun where above 1")
     parser.add_argument(
         "--also", nargs="+", default=[], metavar="FLAGS", help="further rows, of the first T, with these flags too"
@@ -126,12 +127,13 @@ def main(argv: list[str]) -> None:
         # In a process that ends, so that no memory of the GPU is held while epochs are measured.
         with ProcessPoolExecutor(1, get_context("spawn")) as child:
             most = child.submit(ceiling, config).result()
-        pipe = load_pipeline(config.model, torch.device("cpu"))
+        how = {name: getattr(config, name) for name in ("resolution", "max_sequence_length")}
+        pipe = load_pipeline(config.model, torch.device("cpu"), **how)
         speed = {"flops_per_entry": flops_per_entry(config, pipe), "flops_per_second_of_a_matrix_product": most}
         cases = [(processes, num_steps, "") for processes in arguments.processes for num_steps in arguments.num_steps]
         cases += [(arguments.processes[0], arguments.num_steps[0], also) for also in arguments.also]
         rows = [
-            {"flags": also} | measure(processes, num_steps, [*flags, *also.split()], pipe, *speed.values())
+            {"flags": also} | measure(processes, num_steps, arguments.epochs, [*flags, *also.split()], pipe, *speed.values())
             for processes, num_steps, also in cases
         ]
         if arguments.output:

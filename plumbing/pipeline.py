@@ -78,10 +78,10 @@ def load_pipeline(
             warnings.simplefilter("ignore")
             # Weights in safetensors only: nothing is unpickled.
             folder = name if local else DiffusionPipeline.download(name, safety_checker=None, use_safetensors=True)
-            check_index(Path(folder))
+            absent = check_index(Path(folder))
             full = ["vae", *(NETWORK_NAMES if trains_all else ())]
             dtypes = {"default": DTYPES[frozen_dtype], **{name: torch.float32 for name in full if (Path(folder) / name).is_dir()}}
-            pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtypes, safety_checker=None, use_safetensors=True)
+            pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtypes, use_safetensors=True, **absent)
     except Exception as error:  # the libraries raise many kinds for a folder that is no pipeline, or no connection
         if local:
             raise ValueError(f"cannot load a pipeline from the folder {name!r}: {str(error).splitlines()[0]}") from error
@@ -108,12 +108,17 @@ def load_pipeline(
     return pipe
 
 
-def check_index(folder: Path) -> None:
-    """ValueError if a pipeline is made of other classes than these libraries': some versions of diffusers run their code."""
+def check_index(folder: Path) -> dict[str, None]:
+    """The parts that a pipeline does without, by name; diffusers asks to be told of some, as of T5 in Stable Diffusion 3.
+
+    ValueError if it is made of other classes than these libraries': some versions of diffusers run their code.
+    """
     index = json.loads((folder / "model_index.json").read_text())
     others = [name for name, part in index.items() if isinstance(part, list) and part[0] not in LIBRARIES]
     if others or not isinstance(index["_class_name"], str):
         raise ValueError(f"model_index.json names code for {(others or ['_class_name'])[0]}, and nothing of a model is run")
+    absent = [name for name, part in index.items() if part == [None, None]]
+    return dict.fromkeys([*absent, *(["safety_checker"] if "safety_checker" in index else [])])
 
 
 def save_pipeline(pipe: DiffusionPipeline, scheduler: Scheduler, folder: Path) -> None:
