@@ -13,7 +13,7 @@ test: .venv/installed
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
 test-gpu: .venv/installed
-	$(BIN)/python -m pytest -q -s -m gpu tests
+	$(BIN)/python -m pytest -q -s -m gpu tests/test_gpu.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .
