@@ -55,10 +55,10 @@ FLOWS = {"sd3.5-medium": "sd3.5-medium-no-t5", "flux-dev": "flux-dev"}  # preset
 CAPS = {"every weight, 24 GB": 24e9, "adapters, 12 GB": 12e9}  # bytes
 
 
-def call(command: list[str]) -> dict:
+def call(command: list[str], **environment: str) -> dict:
     """Runs it in the project's root -> seconds, and where it did not end well the last line it said."""
-    began, pipe = time.monotonic(), subprocess.PIPE
-    process = subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    began, pipe, environment = time.monotonic(), subprocess.PIPE, os.environ | environment
+    process = subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, start_new_session=True, env=environment)
     try:
         stdout, stderr = process.communicate(timeout=LIMIT)
         failure = None if process.returncode == 0 else last_words(stderr.strip() or stdout)
@@ -112,7 +112,8 @@ def measure_speed(steps: int, flags: list[str], options) -> dict:
     file = options.folder / "speed.json"
     file.unlink(missing_ok=True)
     command = [sys.executable, "-m", "benchmarks.speed", "--epochs", "3", "--output", str(file)]
-    outcome = call([*command, *options.flags, "--num_steps", str(min(steps, options.steps)), *flags])
+    flags = [*options.flags, "--num_steps", str(min(steps, options.steps)), *flags]
+    outcome = call([*command, *flags], TMPDIR=str(options.folder))  # its runs, with checkpoints of 14 GB
     return outcome | (json.loads(file.read_text()) if file.exists() else {})
 
 

@@ -1,7 +1,4 @@
-"""What only a GPU can show: `make test-gpu`. Everywhere else these tests are skipped.
-
-Nobody has run them yet: a failure is as likely a wrong guess here as a fault of the code, and worth reporting either way.
-"""
+"""What only a GPU can show: `make test-gpu`. Everywhere else these tests are skipped."""
 
 import gc
 import json

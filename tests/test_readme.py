@@ -456,3 +456,12 @@ def test_presets_weights_and_recipes_are_the_codes():
         f"`evaluate.py` is {(500 + 500 + 4 * 800) * 64 * 50 * 2 * a_pass:.1f} EFLOP for two models",
     ):
         assert text in prose, text
+
+
+def test_what_a_gpu_has_shown_is_said_as_it_was():
+    tests = list(result("gpu/tests.json")["tests"].values())
+    assert set(tests) == {"passed", "needs two GPUs"} and result("gpu/tests.json")["machine"]["gpu"] == "NVIDIA H200"
+    assert f"On one NVIDIA H200 (torch 2.11) {tests.count('passed')} of the {len(tests) + 1} tests" in STABLE_DIFFUSION
+    largest = result("gpu/rounding.json")["largest"]
+    expected = f"{largest['fp32']:.2g} from 0 in fp32, {largest['tf32']:.2g} in TF32 and {largest['bf16']:.2g} in bf16"
+    assert expected in " ".join(STABLE_DIFFUSION.split())
