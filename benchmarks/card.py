@@ -1,6 +1,8 @@
 """The miniature's card: what its pictures score, before any finetuning, by guidance and number of steps.
 
     python -m benchmarks.card --output results/miniature.json     # of the committed weights, in minutes
+    python -m benchmarks.card --model toy-flow --guidance_scale 1 2 --num_steps 5 10 --output results/flow.json \\
+        --pictures results/flow.png
     python -m benchmarks.card --model toy-turbo --guidance_scale 1 --num_steps 2 1 --output results/turbo.json \\
         --pictures results/turbo.png
 
@@ -96,7 +98,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--pictures", type=Path, help="a PNG file: the miniature's own under guidance, and these")
     arguments = parser.parse_args(argv)
     with one_line_errors(ValueError, OSError):
-        pipe = load_pipeline(arguments.model, torch.device("cpu"))
+        pipe = load_pipeline(arguments.model, torch.device("cpu"), max_sequence_length=0)  # the miniatures have no T5
         found = figures(pipe, tuple(arguments.guidance_scale), tuple(arguments.num_steps))
         how = {"threads": torch.get_num_threads(), "instructions": torch.backends.cpu.get_cpu_capability()}
         text = json.dumps(provenance("-m benchmarks.card", argv) | how | {"figures": found}, indent=1) + "\n"

@@ -1,6 +1,6 @@
 """The miniature as a rectified flow: a small StableDiffusion3Pipeline of the same world and the same autoencoder.
 
-    python -m miniature.flow FOLDER     # makes it again, in about 50 minutes of one core
+    python -m miniature.rectify FOLDER     # makes it again, in about half an hour of one core
 
 SD3Transformer2DModel and two CLIPTextModelWithProjection, trained together as miniature/build.py trains its UNet; there is no T5,
 so it is drawn with max_sequence_length=0. The result lies in flow/.
@@ -10,12 +10,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from miniature import build
-from plumbing.pipeline import load_pipeline
+from miniature import WEIGHTS, build
 
 STEPS, PEAK_LR = 9000, 1.5e-3
 WIDTHS = (64, 32)  # of the two text encoders
@@ -30,7 +29,7 @@ def text_encoder(vocabulary: int, width: int) -> CLIPTextModelWithProjection:
 
 def initial_pipeline(layers: int = 3, heads: int = 8) -> StableDiffusion3Pipeline:
     """The pipeline with random weights, 1.8 million parameters, beside the miniature's trained autoencoder."""
-    tokenizer, vae = build.word_tokenizer(), load_pipeline("toy", torch.device("cpu")).vae
+    tokenizer, vae = build.word_tokenizer(), AutoencoderTiny.from_pretrained(WEIGHTS / "vae").requires_grad_(False)
     encoders = [text_encoder(len(tokenizer), width) for width in WIDTHS]
     transformer = SD3Transformer2DModel(
         sample_size=8, patch_size=2, in_channels=build.LATENT_CHANNELS, out_channels=build.LATENT_CHANNELS, num_layers=layers,
@@ -57,7 +56,7 @@ def train_transformer(pipe: StableDiffusion3Pipeline, captions: build.Captions, 
     return build.optimise("transformer", parts, steps, PEAK_LR, loss_of_batch, captions, folder)
 
 
-def flow(folder: Path, seed: int = 0, steps: int = STEPS) -> None:
+def rectify(folder: Path, seed: int = 0, steps: int = STEPS) -> None:
     """Trains it and saves it in fp16, with made.json, which says how; as of build.made_whole."""
     with build.made_whole(folder, seed) as state:
         pipe = initial_pipeline()
@@ -71,4 +70,4 @@ def flow(folder: Path, seed: int = 0, steps: int = STEPS) -> None:
 
 
 if __name__ == "__main__":
-    build.command(flow, "miniature.flow", __doc__)
+    build.command(rectify, "miniature.rectify", __doc__)
