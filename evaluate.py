@@ -50,7 +50,9 @@ class EvaluationConfig:
     images_per_prompt: int = setting(4, "Pictures of every prompt by every model.")
     num_steps: int = setting(50, "T; with --runs its own, unless given.")
     guidance_scale: float = setting(5.0, "w; with --runs its own, unless given.")
-    eta: float = setting(1.0, "Noise of a step relative to DDPM's; with --runs its own, unless given.")
+    eta: float = setting(
+        1.0, "Noise of a step relative to DDPM's, 0 for none (of a flow its ODE); with --runs its own, unless given."
+    )
     resolution: int = setting(0, "Height and width of pictures; 0 is the model's. With --runs its own, unless given.")
     max_sequence_length: int = setting(256, "Tokens of T5, if the model has one; with --runs its own, unless given.")
     autocast: Literal["no", "bf16"] = setting("no", "Precision of the UNet's passes; with --runs its own, unless given.")
@@ -204,7 +206,9 @@ def all_predict(
     known = (
         parts and model.run.get("method") == "prdp" and not model.checkpoint and all(name in config.rewards for name, _ in parts)
     )
-    if not known or B < 2 or number < 1 or processes.all_succeed(file.exists)[0]:  # as the first process sees it
+    if (
+        not known or config.eta == 0 or B < 2 or number < 1 or processes.all_succeed(file.exists)[0]
+    ):  # as the first process sees it
         return
 
     def rhat_of_share() -> torch.Tensor:

@@ -44,13 +44,20 @@ SCALES = {
     "prediction": "--preset toy --eval_prompts= --prompts toy-small --prompts_per_epoch 8 --images_per_prompt 16 --lora_rank 8 "
     "--log_prob_reduction sum --step_reduction sum --kl_weight 0.1 --save_every 15 --keep_every 15",
     "few": "--model toy-turbo --num_steps 2 --images_per_prompt 8 --eval_every 5 --save_every 5 --keep_every 0",
+    "flow": "--preset toy-flow --eval_prompts= --prompts_per_epoch 8 --images_per_prompt 8 --save_every 10 --keep_every 0",
 }
-EPOCHS = {"small": 12, "large": 48, "prediction": 45, "few": 30}
+EPOCHS = {"small": 12, "large": 48, "prediction": 45, "few": 30, "flow": 48}
 EVALUATIONS = {  # of which scale, and how
     "small": ("small", "toy", "--prompts toy-small --images_per_prompt 16 --num_steps 5"),
     "large": ("large", "toy", "--prompts toy-train:128 toy-heldout-one toy-heldout-two --images_per_prompt 4 --num_steps 5"),
     "two steps": ("few", "toy-turbo", "--prompts toy-heldout --images_per_prompt 2 --num_steps 2"),
     "one step": ("few", "toy-turbo", "--prompts toy-heldout --images_per_prompt 2 --num_steps 1"),
+    "flow": ("flow", "toy-flow", "--prompts toy-heldout --images_per_prompt 2 --num_steps 5 --max_sequence_length 0"),
+    "by its ODE": (
+        "flow",
+        "toy-flow",
+        "--prompts toy-heldout --images_per_prompt 2 --num_steps 10 --eta 0 --max_sequence_length 0",
+    ),
 }
 # Updates of an epoch are as in each method's paper. Clip ranges are theirs in nats:
 # times 64/3, for D = 768 instead of 16384. D3PO's is as wide as it can be: its 0.1 spans over 3000 nats there.
@@ -69,6 +76,11 @@ METHODS = {
     ("lasro", "few"): "--preset toy-turbo --prompts_per_epoch 8",
     ("prdp", "few"): "--preset toy --prompts_per_epoch 16",
     ("ddpo", "few"): "--preset toy --prompts_per_epoch 16 --method ddpo --updates_per_epoch 4",
+    ("prdp", "flow"): "--method prdp",
+    ("ddpo", "flow"): "--method ddpo --updates_per_epoch 4",
+    # In nats Flow-GRPO's clip range and beta at D = 65536
+    ("grpo", "flow"): "--method grpo --updates_per_epoch 2 --clip_range 8.53e-3 --kl_weight 1.2e-5 --advantage_limit 5 "
+    "--reward_statistics batch",
     ("d3po", "small"): "--method d3po --updates_per_epoch 8 --shared_x_T --clip_range 0.9 --kl_weight 4.7e-3",
 }
 RATES = {("prdp", "prediction"): "1e-3"}  # the others' are searched
@@ -117,6 +129,9 @@ VARIANTS: dict[str, tuple[str, str, str]] = {  # name: method, scale and what is
     "anchor alone": ("lasro", "few", "--step_weights 0 0"),
     "PRDP of two steps": ("prdp", "few", ""),
     "DDPO of two steps": ("ddpo", "few", ""),
+    "PRDP on a flow": ("prdp", "flow", ""),
+    "DDPO on a flow": ("ddpo", "flow", ""),
+    "GRPO on a flow": ("grpo", "flow", ""),
     "DDPO colour": ("ddpo", "small", "--reward toy-colourfulness"),
 }
 

@@ -82,6 +82,8 @@ class DPOK:
     ):  # fmt: skip
         self.config, self.policy, self.text_of, self.mu_ref = config, policy, text_of, mu_ref
         self.all_sum_gradients = all_sum_gradients
+        if config.kl_form == "eps_mse" and policy.schedule.alpha.min() == 0:
+            raise ValueError("kl_form=eps_mse divides by alpha, which is 0 where this schedule begins: use --kl_form exact")
         self.critic_updates = 5
         torch.manual_seed(config.seed)
         inputs, steps = torch.Size(policy.latent_shape).numel() + text_width, len(policy.schedule.noisy)

@@ -136,6 +136,17 @@ def draw_few_steps(panels: dict[str, list[str]], result: dict, path: Path) -> No
     plots.trails(shown, path)
 
 
+def draw_flow(panels: dict[str, list[str]], result: dict, path: Path) -> None:
+    """Training reward at equal pictures, which are as many reward queries, and at equal KL; a seed a line."""
+    of_epochs, of_kl = {}, {}
+    for name, seeds in result["runs"].items():
+        rewards = [smoothed(run["reward_mean"]) for run in seeds.values()]
+        of_epochs[name] = [[range(1, len(y) + 1), y] for y in rewards]
+        of_kl[name] = [[smoothed(run["kl_nats"]), y] for run, y in zip(seeds.values(), rewards, strict=True)]
+    of_axes = "KL from the reference, nats", "reward, both means over 5 epochs"
+    plots.trails([("At equal pictures", "epoch", of_axes[1], of_epochs), ("At equal KL", *of_axes, of_kl)], path)
+
+
 SMALL, LARGE = "small scale", "large scale"
 TARGETS = {
     "fig3": Target(
@@ -181,6 +192,10 @@ TARGETS = {
         "LaSRO and the others on a model of two steps",
         {"": ["LaSRO", "LaSRO frozen", "LaSRO without anchor", "anchor alone", "PRDP of two steps", "DDPO of two steps"]},
         draw_few_steps, pictures="two steps",
+    ),
+    "flow": Target(
+        "PRDP, DDPO and Flow-GRPO on a rectified flow",
+        {"": ["PRDP on a flow", "DDPO on a flow", "GRPO on a flow"]}, draw_flow, pictures="flow",
     ),
     "variance": Target("Gradient variance", {}, draw_signal, script="gradient_variance"),
     "prediction": Target(

@@ -93,8 +93,8 @@ def noise_schedule(scheduler: Scheduler, eta: float, device: torch.device | str 
     """The Schedule of a scheduler; ValueError for noise that it has not."""
     if isinstance(scheduler, LCMScheduler) and eta != 1:
         raise ValueError(f"eta must be 1 for a consistency model, whose steps draw all noise anew, not {eta}")
-    if eta <= 0:
-        raise ValueError(f"eta must be > 0, not {eta}: a deterministic step has no log-prob (eta=1 is the paper's DDPM)")
+    if eta < 0:
+        raise ValueError(f"eta must be at least 0, not {eta} (1 is the paper's DDPM, 0 has no noise)")
     schedule = levels(scheduler, eta)
     sigma = schedule.weights[2]
     if (sigma > schedule.s[1:] * (1 + 1e-9)).any():
