@@ -147,6 +147,15 @@ def draw_flow(panels: dict[str, list[str]], result: dict, path: Path) -> None:
     plots.trails([("At equal pictures", "epoch", of_axes[1], of_epochs), ("At equal KL", *of_axes, of_kl)], path)
 
 
+def draw_samplers(panels: dict[str, list[str]], result: dict, path: Path) -> None:
+    """The noise that each sampler leaves in latents and what its pictures score, on each list of levels; a seed a dot."""
+    columns = {}
+    for levels, found in result["results"].items():
+        for what in ("noise in latents", "alignment"):
+            columns[f"{levels}:\n{what}"] = {name: row[what] for name, row in found["samplers"].items()}
+    plots.dots(columns, "", path)
+
+
 SMALL, LARGE = "small scale", "large scale"
 TARGETS = {
     "fig3": Target(
@@ -197,6 +206,7 @@ TARGETS = {
         "PRDP, DDPO and Flow-GRPO on a rectified flow",
         {"": ["PRDP on a flow", "DDPO on a flow", "GRPO on a flow"]}, draw_flow, pictures="flow",
     ),
+    "samplers": Target("Ways to draw noise on a rectified flow", {}, draw_samplers, script="flow_samplers"),
     "variance": Target("Gradient variance", {}, draw_signal, script="gradient_variance"),
     "prediction": Target(
         "Predicted and actual reward differences",
