@@ -3,12 +3,12 @@
     python -m benchmarks.memory                                          # the recipes of docs/stable-diffusion.md
     python -m benchmarks.memory --preset large-hpsv2 --lora_rank 16 ...  # any flags of train.py
 
-Stable Diffusion v1.4's shape and full-sized reward models are run as tensors without content (torch's FakeTensorMode) through
-the passes of one epoch, and the storages that are alive are added up; normalisations compute in fp32, as under CUDA's autocast.
-That is the memory of tensors: the CUDA context, the workspaces of cuDNN and the allocator's fragmentation come on top, and a
-kernel on a GPU may need other temporary tensors than the same operation here.
+Pipelines of the shapes of benchmarks/rehearsal.py and full-sized reward models are run as tensors without content (torch's
+FakeTensorMode) through the passes of one epoch, and the storages that are alive are added up; normalisations compute in fp32,
+as under CUDA's autocast. That is the memory of tensors: the CUDA context, the workspaces of cuDNN and the allocator's
+fragmentation come on top, and a kernel on a GPU may need other temporary tensors than the same operation here.
 
-Operations are those of the UNet in an epoch of PRDP: a pass to draw each step, one for the reference, with K > 1 one more for
+Operations are those of the network in an epoch of PRDP: a pass to draw each step, one for the reference, with K > 1 one more for
 theta_old and for every further update, and three in every update (two with adapters). Decoding, rewards and what gradient
 checkpointing computes again do not count.
 """
@@ -16,6 +16,7 @@ checkpointing computes again do not count.
 import argparse
 import dataclasses
 import json
+import math
 import sys
 import weakref
 from collections.abc import Callable
@@ -24,21 +25,21 @@ from types import SimpleNamespace
 
 import open_clip
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import CLIPModel, CLIPTextModel
+from transformers import CLIPModel
 
 from benchmarks import rehearsal, speed
-from config import AUTO, Config
+from config import AUTO, DTYPES, Config
 from plumbing.errors import one_line_errors
 from plumbing.flags import parse
 from plumbing.image_reward import ImageReward
-from plumbing.networks import Embeddings
-from plumbing.pipeline import decode_latents, network_policy
+from plumbing.networks import Embeddings, network_name, network_of
+from plumbing.pipeline import decode_latents, latent_size, network_policy, text_encoders
 from plumbing.provenance import provenance
-from plumbing.schedules import ddim_scheduler
+from plumbing.schedules import scheduler_at
 from plumbing.trainable import make_trainable, trained_parameters
 from sampler import gaussian, gaussian_log_prob
 
@@ -49,13 +50,16 @@ RECIPES = {
     "--reward_dtype fp16 --sample_batch_size 4 --log_prob_batch_size 8 --train_batch_size 4",
     "adapters, 12 GB": "--preset large-hpsv2 --lora_rank 16 --learning_rate 1e-4 --gradient_checkpointing --latents_on_cpu "
     "--reward_dtype fp16 --sample_batch_size 2 --log_prob_batch_size 8 --train_batch_size 4",
+    "sdxl": "--preset sdxl",
+    "sd3.5-medium": "--preset sd3.5-medium",
+    "flux-dev": "--preset flux-dev",
 }
 GIB = 2**30
 
 
-def size_of(*modules: torch.nn.Module, bytes_each: int = 4) -> float:
+def size_of(*modules: torch.nn.Module) -> float:
     """GiB of all parameters."""
-    return sum(parameter.numel() for module in modules for parameter in module.parameters()) * bytes_each / GIB
+    return sum(parameter.nbytes for module in modules for parameter in module.parameters()) / GIB
 
 
 class LiveMemory(TorchDispatchMode):
@@ -66,14 +70,19 @@ class LiveMemory(TorchDispatchMode):
         self.now, self.most, self.known = 0, 0, {}
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        for tensor in tree_leaves((args, kwargs)):
+            self.watch(tensor, is_new=False)  # what was there before, of which the result may be a view
         result = operation(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and id(storage := tensor.untyped_storage()) not in self.known:
-                size, key = storage.nbytes(), id(storage)
-                self.now += size
-                self.most = max(self.most, self.now)
-                self.known[key] = weakref.ref(storage, lambda _, key=key, size=size: self.freed(key, size))
+            self.watch(tensor, is_new=True)
         return result
+
+    def watch(self, tensor: object, is_new: bool) -> None:
+        if isinstance(tensor, torch.Tensor) and id(storage := tensor.untyped_storage()) not in self.known:
+            size, key = storage.nbytes() if is_new else 0, id(storage)
+            self.now += size
+            self.most = max(self.most, self.now)
+            self.known[key] = weakref.ref(storage, lambda _: self.freed(key, size))
 
     def freed(self, key: int, size: int) -> None:
         self.now -= size
@@ -88,7 +97,7 @@ def peak_of(run: Callable[[], object]) -> float:
 
 
 def reward_models(config: Config, sizes: dict) -> list[torch.nn.Module]:
-    """The models behind config.reward."""
+    """The models behind config.reward, in its precision."""
     makers = {
         "hpsv2": lambda: open_clip.CLIP(**sizes["hpsv2"]),
         "hpsv2.1": lambda: open_clip.CLIP(**sizes["hpsv2"]),
@@ -98,7 +107,7 @@ def reward_models(config: Config, sizes: dict) -> list[torch.nn.Module]:
         "clipscore": lambda: CLIPModel(rehearsal.clip_config(sizes["clip"])),
     }
     names = [spec.partition("=")[0] for spec in config.reward]
-    return [makers[name]() for name in names if name in makers]
+    return [makers[name]().to(DTYPES[config.reward_dtype]) for name in names if name in makers]
 
 
 def normalise_in_fp32(*networks: torch.nn.Module) -> None:
@@ -110,7 +119,22 @@ def normalise_in_fp32(*networks: torch.nn.Module) -> None:
 
 @torch.no_grad()
 def decode(vae: AutoencoderKL, latents: torch.Tensor) -> None:
-    decode_latents(SimpleNamespace(vae=vae, vae_scale_factor=8, device=latents.device), latents)
+    decode_latents(SimpleNamespace(vae=vae, vae_scale_factor=8), latents)
+
+
+def conditions(network: torch.nn.Module, number: int, t5_tokens: int) -> Embeddings:
+    """The tensors of so many encoded prompts, without content."""
+    shape = network.config
+    if "joint_attention_dim" in shape:  # FLUX.1's texts are T5's alone
+        tokens = t5_tokens + (0 if "guidance_embeds" in shape else 77)
+        sizes = {
+            "encoder_hidden_states": (tokens, shape.joint_attention_dim),
+            "pooled_projections": (shape.pooled_projection_dim,),
+        }
+    else:
+        second = (shape.projection_class_embeddings_input_dim or 7) - 6 * (shape.addition_time_embed_dim or 1)
+        sizes = {"encoder_hidden_states": (77, shape.cross_attention_dim), "text_embeds": (second,), "time_ids": (6,)}
+    return Embeddings({name: torch.empty(number, *size) for name, size in sizes.items()})
 
 
 def update(parameters: list[torch.nn.Parameter], loss_of: Callable[[], torch.Tensor]) -> None:
@@ -147,29 +171,34 @@ def derive(config: Config, shape: str = "full") -> dict[str, float]:
     """
     if AUTO in (config.sample_batch_size, config.log_prob_batch_size, config.train_batch_size):
         raise ValueError("a batch size of auto is found on a GPU: give numbers here")
-    sizes, scheduler = rehearsal.PIPELINES[shape], ddim_scheduler(DDIMScheduler().config, config.num_steps)
     with torch.device("meta"):
-        text = CLIPTextModel(rehearsal.CLIPTextConfig(vocab_size=49408, **sizes["text"]))
-        rewards = reward_models(config, rehearsal.REWARDS[shape])
-    unet, vae = UNet2DConditionModel(**sizes["unet"]).eval(), AutoencoderKL(**rehearsal.VAE_BLOCKS, **sizes["vae"])
-    for module in (unet, vae):
-        module.requires_grad_(False)
-    normalise_in_fp32(unet)
-    pipe = SimpleNamespace(unet=unet)
-    make_trainable(pipe, dataclasses.replace(config, compile=False))
-    trained = list(trained_parameters(pipe).values())
-    width, channels, side = unet.config.cross_attention_dim, unet.config.in_channels, unet.config.sample_size
-
-    def texts(number: int) -> Embeddings:
-        return Embeddings({"encoder_hidden_states": torch.empty(number, 77, width)})
-
+        rewards = reward_models(config, rehearsal.REWARDS["tiny" if shape.startswith("tiny") else "full"])
+    with FakeTensorMode(allow_non_fake_inputs=True) as without_content:
+        pipe = rehearsal.pipeline_of(shape)
+        texts, held = text_encoders(pipe), DTYPES[config.frozen_dtype]
+        for parameter in (parameter for text in texts for parameter in text.parameters()):
+            parameter.data = parameter.data.to(held)
+        torch.set_default_dtype(held if config.lora_rank else torch.float32)
+        network = type(network_of(pipe)).from_config(network_of(pipe).config).eval().requires_grad_(False)
+        torch.set_default_dtype(torch.float32)
+        pipe.vae.requires_grad_(False)
+        normalise_in_fp32(network)
+    trained_in = SimpleNamespace(**{network_name(pipe): network})
+    make_trainable(trained_in, dataclasses.replace(config, compile=False))
+    trained = list(trained_parameters(trained_in).values())
+    pipe.resolution = config.resolution
+    side = latent_size(pipe)
+    scheduler = scheduler_at(pipe.scheduler, config.num_steps, patches=(side // 2) ** 2)
     policy = network_policy(
-        unet, texts(1), scheduler, guidance_scale=config.guidance_scale, eta=config.eta, autocast=config.autocast
-    )
-    with FakeTensorMode(allow_non_fake_inputs=True):
+        network, conditions(network, 1, config.max_sequence_length), scheduler, size=side,
+        guidance_scale=config.guidance_scale, eta=config.eta, autocast=config.autocast,
+    )  # fmt: skip
+    latent_shape = policy.latent_shape
+    with without_content:
 
         def inputs(batch: int):
-            return torch.empty(batch, channels, side, side), torch.zeros(batch, dtype=torch.long), texts(batch)
+            steps = torch.zeros(batch, dtype=torch.long)
+            return torch.empty(batch, *latent_shape), steps, conditions(network, batch, config.max_sequence_length)
 
         @torch.no_grad()
         def sample() -> None:
@@ -183,33 +212,37 @@ def derive(config: Config, shape: str = "full") -> dict[str, float]:
             x_t, i, cond = inputs(config.train_batch_size)
             return gaussian_log_prob(x_t, *gaussian(policy, x_t, i, cond), "mean").sum()
 
-        trajectories = config.prompts_per_epoch * config.images_per_prompt * (config.num_steps + 1) * channels * side**2 * 4 / GIB
-        bytes_each = 4 if config.reward_dtype == "fp32" else 2
-        waiting = size_of(unet, vae, text) + size_of(*rewards, bytes_each=bytes_each)  # whatever happens
-        waiting += 0 if config.latents_on_cpu else trajectories
-        waiting += 0 if config.lora_rank or config.reference_on_cpu else size_of(unet)
+        latents = config.prompts_per_epoch * config.images_per_prompt * (config.num_steps + 1) * math.prod(latent_shape)
+        waiting = size_of(network, pipe.vae, *rewards)  # whatever happens
+        waiting += 0 if config.text_encoders_on_cpu else size_of(*texts)
+        waiting += 0 if config.latents_on_cpu else latents * 4 / GIB
+        waiting += 0 if config.lora_rank or config.reference_on_cpu else size_of(network)
         moments = 2 * 4 * sum(parameter.numel() for parameter in trained) / GIB
-        visiting = size_of(unet) if config.reference_on_cpu else 0
+        encoding = size_of(*texts) if config.text_encoders_on_cpu else 0
+        reference = size_of(network) if config.reference_on_cpu else 0
+        decoding = peak_of(lambda: decode(pipe.vae, torch.empty(config.sample_batch_size, *latent_shape)))
         return {
             "exaflop_per_epoch": passes(config) * speed.flops_of(lambda: policy.denoise(*inputs(1))) / 1e18,
             "resident": waiting + moments,
-            "sample": waiting + moments + peak_of(sample),
-            "reward": waiting
-            + moments
-            + peak_of(lambda: decode(vae, torch.empty(config.sample_batch_size, channels, side, side))),
-            "reference": waiting + moments + visiting + peak_of(log_probs),
+            "sample": waiting + moments + max(encoding, peak_of(sample)),
+            "reward": waiting + moments + decoding,
+            "reference": waiting + moments + reference + peak_of(log_probs),
             "update": waiting + peak_of(lambda: update(trained, loss)),
         }
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=rehearsal.PIPELINES, default="full", help="tiny for a quick try")
+    parser.add_argument("--shape", choices=rehearsal.PIPELINES, help="tiny for a quick try; by default the preset's")
     parser.add_argument("--output", default="", help="JSON file")
     arguments, flags = parser.parse_known_args(argv)
     with one_line_errors(ValueError, OSError):
         recipes = {"these flags": " ".join(flags)} if flags else RECIPES
-        rows = [{"name": name, "flags": line} | derive(parse(line.split()), arguments.shape) for name, line in recipes.items()]
+        rows = []
+        for name, line in recipes.items():
+            config = parse(line.split())
+            shape = arguments.shape or (config.preset if config.preset in rehearsal.PIPELINES else "full")
+            rows.append({"name": name, "flags": line} | derive(config, shape))
         phases = ["resident", "sample", "reward", "reference", "update"]
         cells = [[row["name"], *(f"{row[phase]:.1f}" for phase in phases), f"{row['exaflop_per_epoch']:.3g}"] for row in rows]
         tell("memory", argv, arguments.output, rows, [*phases, "EFLOP an epoch"], cells)

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from benchmarks import rehearsal
-from benchmarks.memory import GIB, decode, normalise_in_fp32, peak_of, reward_models, size_of, tell, update
+from benchmarks.memory import GIB, conditions, decode, normalise_in_fp32, peak_of, reward_models, size_of, tell, update
 from config import LASRO_PRESETS, LasroConfig
 from lasro import consistency_loss, generate, surrogate_loss
 from plumbing.anchor import consistency_scheduler
@@ -40,13 +40,11 @@ def derive(config: LasroConfig, shape: str) -> dict[str, float]:
         if "text_2" in sizes:
             texts.append(CLIPTextModelWithProjection(rehearsal.CLIPTextConfig(vocab_size=49408, **sizes["text_2"])))
         rewards = reward_models(config, rehearsal.REWARDS["tiny" if shape.startswith("tiny") else "full"])
-    channels, side, width = 4, sizes["unet"]["sample_size"], sizes["unet"]["cross_attention_dim"]
+    channels, side = 4, sizes["unet"]["sample_size"]
     T, M, B = config.num_steps, config.train_batch_size, config.images_per_prompt
 
     def cond(number: int) -> Embeddings:
-        second = sizes.get("text_2", {}).get("projection_dim", 1)
-        tensors = {"encoder_hidden_states": (77, width), "text_embeds": (second,), "time_ids": (6,)}
-        return Embeddings({name: torch.empty(number, *size) for name, size in tensors.items()})
+        return conditions(unet, number, 0)
 
     def noise(number: int, count: int) -> torch.Tensor:
         return torch.empty(number, count, channels, side, side)
@@ -56,8 +54,7 @@ def derive(config: LasroConfig, shape: str) -> dict[str, float]:
         vae = AutoencoderKL(**rehearsal.VAE_BLOCKS, **sizes["vae"]).requires_grad_(False)
         uncond, critic = cond(1), surrogate_of(unet, T)
         normalise_in_fp32(unet, target, teacher, critic)
-        resident = size_of(unet, target, teacher, critic, vae, *texts)
-        resident += size_of(*rewards, bytes_each=4 if config.reward_dtype == "fp32" else 2)
+        resident = size_of(unet, target, teacher, critic, vae, *texts, *rewards)
     pipe = SimpleNamespace(unet=unet, scheduler=sizes["scheduler"])
     add_adapters(pipe, config.lora_rank) if config.lora_rank else unet.requires_grad_(True)
     if config.gradient_checkpointing:

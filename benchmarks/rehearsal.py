@@ -24,6 +24,7 @@ import pyarrow.parquet
 import torch
 from diffusers import (
     AutoencoderKL,
+    DiffusionPipeline,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -82,6 +83,10 @@ XL_BLOCKS = dict(
     up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
     addition_embed_type="text_time", use_linear_projection=True,
 )  # fmt: skip
+XL = XL_BLOCKS | dict(
+    sample_size=128, cross_attention_dim=2048, block_out_channels=(320, 640, 1280), attention_head_dim=(5, 10, 20),
+    transformer_layers_per_block=(1, 2, 10), addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
+)  # fmt: skip
 # Only what differs from the libraries' defaults, which are Stable Diffusion's.
 PIPELINES = {
     "full": dict(scheduler=PNDM, unet=dict(sample_size=64, cross_attention_dim=768), vae=VAE, text=TEXT),
@@ -91,6 +96,10 @@ PIPELINES = {
         vae=SMALL_VAE | dict(sample_size=128), text=TINY_TEXT,
     ),
     "tiny": dict(scheduler=PNDM, unet=TINY_UNET, vae=SMALL_VAE | dict(sample_size=64), text=TINY_TEXT),
+    "sdxl": dict(
+        scheduler=EulerDiscreteScheduler(**NOISE), vae=VAE | dict(sample_size=1024, scaling_factor=0.13025), unet=XL,
+        text=TEXT, text_2=TEXT_G,
+    ),
     # Models of few steps, for lasro.py
     "sd-turbo": dict(
         scheduler=EulerDiscreteScheduler(**NOISE, timestep_spacing="trailing"), vae=VAE,
@@ -99,10 +108,7 @@ PIPELINES = {
     ),
     "sdxl-turbo": dict(
         scheduler=EulerAncestralDiscreteScheduler(**NOISE, timestep_spacing="trailing"), vae=VAE | dict(scaling_factor=0.13025),
-        unet=XL_BLOCKS | dict(
-            sample_size=64, cross_attention_dim=2048, block_out_channels=(320, 640, 1280), attention_head_dim=(5, 10, 20),
-            transformer_layers_per_block=(1, 2, 10), addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
-        ),
+        unet=XL | dict(sample_size=64),
         text=TEXT, text_2=TEXT_G,
     ),
     "lcm": dict(
@@ -221,8 +227,8 @@ def t5_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=[(token, 0.0) for token in specials] + [(token, -1.0) for token in LETTERS], extra_ids=0)
 
 
-def make_pipeline(folder: Path, size: str, dtype: torch.dtype = torch.float32) -> None:
-    """A pipeline in the classes and files of the model of that shape, CompVis/stable-diffusion-v1-4 for full."""
+def pipeline_of(size: str) -> DiffusionPipeline:
+    """A pipeline in the classes of the model of that shape, CompVis/stable-diffusion-v1-4 for full."""
     shape = PIPELINES[size]
     projected = "transformer" in shape and "text_2" in shape  # what Stable Diffusion 3 asks of its first text encoder too
     texts = {
@@ -240,16 +246,15 @@ def make_pipeline(folder: Path, size: str, dtype: torch.dtype = torch.float32) -
     parts = texts | {"vae": AutoencoderKL(**VAE_BLOCKS, **shape["vae"]), "scheduler": shape["scheduler"]}
     match shape:
         case {"transformer": transformer, "text_2": _}:
-            pipe = StableDiffusion3Pipeline(**parts, transformer=SD3Transformer2DModel(**transformer))
+            return StableDiffusion3Pipeline(**parts, transformer=SD3Transformer2DModel(**transformer))
         case {"transformer": transformer}:
-            pipe = FluxPipeline(**parts, transformer=FluxTransformer2DModel(**transformer))
+            return FluxPipeline(**parts, transformer=FluxTransformer2DModel(**transformer))
         case {"unet": unet, "text_2": _}:
-            pipe = StableDiffusionXLPipeline(**parts, unet=UNet2DConditionModel(**unet), add_watermarker=False)
+            return StableDiffusionXLPipeline(**parts, unet=UNet2DConditionModel(**unet), add_watermarker=False)
         case {"unet": unet, "scheduler": scheduler}:
             kind = LatentConsistencyModelPipeline if isinstance(scheduler, LCMScheduler) else StableDiffusionPipeline
             nothing = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-            pipe = kind(**parts, unet=UNet2DConditionModel(**unet), **nothing)
-    pipe.to(dtype).save_pretrained(folder)
+            return kind(**parts, unet=UNet2DConditionModel(**unet), **nothing)
 
 
 def make_hps(folder: Path, name: str, shape: dict) -> None:
@@ -315,7 +320,7 @@ def make(
         raise ValueError(f"{folder} is not empty: choose another folder")
     torch.manual_seed(0)
     logging.disable_progress_bar()
-    make_pipeline(folder / "pipeline", pipeline, dtype)
+    pipeline_of(pipeline).to(dtype).save_pretrained(folder / "pipeline")
     make_prompts(folder / "prompts")
     weights = [f"{name}={path}" for name, path in make_rewards(folder / "rewards", rewards, names).items()]
     return ["--model", f"{folder / 'pipeline'}", "--prompts_dir", f"{folder / 'prompts'}", "--reward_weights", *weights]
