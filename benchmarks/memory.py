@@ -40,7 +40,7 @@ from plumbing.networks import Embeddings, network_name, network_of
 from plumbing.pipeline import decode_latents, latent_size, network_policy, text_encoders
 from plumbing.provenance import provenance
 from plumbing.schedules import scheduler_at
-from plumbing.trainable import make_trainable, trained_parameters
+from plumbing.trainable import add_adapters, trained_parameters
 from sampler import gaussian, gaussian_log_prob
 
 RECIPES = {
@@ -184,7 +184,9 @@ def derive(config: Config, shape: str = "full") -> dict[str, float]:
         pipe.vae.requires_grad_(False)
         normalise_in_fp32(network)
     trained_in = SimpleNamespace(**{network_name(pipe): network})
-    make_trainable(trained_in, dataclasses.replace(config, compile=False))
+    add_adapters(trained_in, config.lora_rank) if config.lora_rank else network.requires_grad_(True)
+    if config.gradient_checkpointing:
+        network.enable_gradient_checkpointing()
     trained = list(trained_parameters(trained_in).values())
     pipe.resolution = config.resolution
     side = latent_size(pipe)
