@@ -75,9 +75,42 @@ def test_presets_of_comparators_are_their_papers(preset):
     assert {name: getattr(config, name) for name in expected} == expected
 
 
-def test_every_preset_but_the_miniature_is_a_papers():
+# What is no paper's but ours, by D of its latents; the published settings of Flow-GRPO's authors
+TODAYS = {
+    "sdxl": (4 * 128**2, dict(model="stabilityai/stable-diffusion-xl-base-1.0", num_steps=50, guidance_scale=5.0, lora_rank=32)),
+    "sd3.5-medium": (16 * 64**2, dict(num_steps=10, guidance_scale=4.5, resolution=512, max_sequence_length=128, lora_rank=32)),
+    "flux-dev": (16 * 64**2, dict(num_steps=6, guidance_scale=3.5, resolution=512, max_sequence_length=128, lora_rank=64)),
+}
+FLOW_GRPO = dict(
+    model="stabilityai/stable-diffusion-3.5-medium", method="grpo", num_steps=10, guidance_scale=4.5, resolution=512,
+    max_sequence_length=128, lora_rank=32, learning_rate=3e-4, weight_decay=1e-4, max_grad_norm=1.0, clip_range=1e-4,
+    updates_per_epoch=2, prompts_per_epoch=48, images_per_prompt=24, advantage_limit=5.0, reward_statistics="batch",
+    reward=["pickscore"],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", TODAYS)
+def test_presets_of_todays_models_keep_the_papers_nats(preset):
+    (D, expected), config, large = TODAYS[preset], parse(["--preset", preset]), parse(["--preset", "large-pickscore"])
+    check(config, 1)
+    assert {name: getattr(config, name) for name in expected} == expected and config.frozen_dtype == config.autocast == "bf16"
+    assert config.clip_range * D == pytest.approx(large.clip_range * 4 * 64**2)
+    assert config.kl_weight / D == pytest.approx(large.kl_weight / (4 * 64**2))
+
+
+def test_the_preset_of_flow_grpo_is_its_authors():
+    check(config := parse(["--preset", "grpo"]), 1)
+    assert {name: getattr(config, name) for name in FLOW_GRPO} == FLOW_GRPO
+
+
+def test_every_preset_but_the_miniatures_is_tested():
     tested = {"small-hpsv2", "small-pickscore", "large-hpsv2", "large-pickscore", "multi-reward", "aesthetic-kl", *COMPARATORS}
-    assert PRESETS.keys() - {"toy"} == tested
+    assert PRESETS.keys() - {"toy", "toy-flow"} == tested | TODAYS.keys() | {"grpo"}
+
+
+def test_training_without_noise_is_refused():
+    with pytest.raises(ValueError, match="a deterministic step has no log-prob"):
+        check(parse(["--preset", "toy", "--eta", "0"]), 1)
     assert parse([]) == parse(["--preset", "small-hpsv2"])
     assert parse(["--preset", "toy", "--epochs", "3"]).epochs == 3
 

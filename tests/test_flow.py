@@ -8,6 +8,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch.distributions import Normal, kl_divergence
 
+from benchmarks import flow_samplers
 from comparators.dpok import exact_kl
 from comparators.flow_steps import cps, sde
 from sampler import Policy, Schedule, ddim, gaussian, gaussian_log_prob, log_prob_table, sample_trajectories
@@ -134,3 +135,20 @@ def test_log_probs_are_normals_and_on_policy_ratios_are_one(rule):
     assert gaussian_log_prob(mu, mu, sigma, "mean")[0].item() == pytest.approx(
         -math.log(sigma[0].item() * math.sqrt(2 * math.pi))
     )
+
+
+def test_noise_of_a_point_is_that_of_drawn_samples():
+    """What benchmarks.flow_samplers computes, against trajectories of a network that knows the point; the SDE carries more."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(10)
+    told, carried = scheduler.sigmas.double(), {}
+    for name, (rule, eta) in flow_samplers.SAMPLERS.items():
+        schedule = schedule_of(told, eta, rule)
+        policy = policy_of(schedule, lambda x, t: x / t, (4, 8, 8))
+        drawn = sample_trajectories(policy, torch.zeros(64), [(0, 0, 0, b) for b in range(64)], 64)
+        carried[name] = flow_samplers.noise_of_a_point(schedule)
+        found = drawn.latents[:, 1:].std(dim=(0, 2, 3, 4))
+        torch.testing.assert_close(found, torch.tensor(carried[name], dtype=torch.float64), rtol=0.03, atol=1e-6)
+    for name in ("ODE", "DDIM, eta 1", "CPS, a 0.8"):
+        assert carried[name] == pytest.approx(told[1:].tolist(), abs=1e-9)
+    assert carried["SDE, a 0.7"][-2] > 20 * told[-2]

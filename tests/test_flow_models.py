@@ -175,14 +175,23 @@ def test_evaluation_of_a_flow(folders, tmp_path, capsys):
     run(folders, "flux", tmp_path / "run")
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
     prompts = ["--prompts", str(tmp_path / "prompts.txt"), "--images_per_prompt", "2", "--predicted", "1"]
-    evaluate.main(["--runs", str(tmp_path / "run"), *prompts])
-    assert "tuned" in capsys.readouterr().out
+    for more in ([], ["--eta", "0", "--output_dir", str(tmp_path / "ode")]):
+        evaluate.main(["--runs", str(tmp_path / "run"), *prompts, *more])
+        assert "tuned" in capsys.readouterr().out
+    by_noise, by_ode = (
+        json.loads((folder / "results.json").read_text())["results"]
+        for folder in (tmp_path / "run" / "evaluation", tmp_path / "ode")
+    )
+    assert [row["prediction_correlation"] is None for row in by_noise] != [
+        row["prediction_correlation"] is None for row in by_ode
+    ]
     assert (tmp_path / "run" / "evaluation" / "report.html").exists()
 
 
 @pytest.mark.parametrize("flags, words", [
     (["--resolution", "60"], "resolution must be a multiple of 16"),
     (["--lora_rank", "2", "--frozen_dtype", "bf16"], "frozen_dtype=bf16 with lora_rank needs autocast=bf16"),
+    (["--method", "dpok"], "kl_form=eps_mse divides by alpha, which is 0 where this schedule begins: use --kl_form exact"),
     (["--max_sequence_length", "-1"], "max_sequence_length must be at least 0, not -1"),
 ])  # fmt: skip
 def test_wrong_settings_are_told_in_one_line(folders, flags, words, tmp_path, capsys):

@@ -7,11 +7,11 @@ import random
 import pytest
 import torch
 from conftest import ROOT
-from diffusers import LCMScheduler, StableDiffusionPipeline
+from diffusers import LCMScheduler, StableDiffusion3Pipeline, StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from benchmarks import card
-from miniature import TURBO, WEIGHTS, build, distil, world
+from miniature import FLOW, TURBO, WEIGHTS, build, distil, rectify, world
 from plumbing.pipeline import load_pipeline
 from plumbing.prompts import load_prompts
 
@@ -286,3 +286,52 @@ def test_the_miniature_in_two_steps_scores_what_its_card_says():
             assert card.alignment(pipe, prompts, 1.0, int(T.split()[-1])) == pytest.approx(value, abs=0.005), (name, T)
     made = json.loads((TURBO / "made.json").read_text())
     assert [made[key] for key in ("steps", "pictures", "guidance_scale")] == [distil.STEPS, distil.PICTURES, distil.GUIDANCE]
+
+
+def test_the_miniature_flow_scores_what_its_card_says():
+    """It opens as it is, in half the space, draws what results/flow.json says, to .005, and is drawn by plain diffusers."""
+    assert sum(path.stat().st_size for path in FLOW.rglob("*") if path.is_file()) < 4.5e6
+    weights = load_file(FLOW / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
+    pipe = load_pipeline("toy-flow", torch.device("cpu"), max_sequence_length=0)
+    found = json.loads((ROOT / "results" / "flow.json").read_text())["figures"]
+    for name, prompts in card.SETS.items():
+        for guidance, by_steps in found[name]["alignment"].items():
+            value = card.alignment(pipe, prompts, float(guidance.split()[1]), 5)
+            assert value == pytest.approx(by_steps["T = 5"], abs=0.005), (name, guidance)
+    made = json.loads((FLOW / "made.json").read_text())
+    assert [made[key] for key in ("steps", "batch", "seed")] == [rectify.STEPS, build.BATCH, 0]
+
+    plain = StableDiffusion3Pipeline.from_pretrained(FLOW, text_encoder_3=None, tokenizer_3=None)
+    plain.set_progress_bar_config(disable=True)
+    torch.manual_seed(0)
+    prompts = ["a large white circle at the centre on a black background"] * 4
+    drawn = plain(
+        prompts, height=32, width=32, num_inference_steps=10, guidance_scale=3.0, max_sequence_length=0, output_type="pt"
+    )
+    assert world.alignment(drawn.images, prompts).mean() > 0.8
+
+
+def test_an_interrupted_flow_goes_on_to_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "BATCH", 4)
+    monkeypatch.setattr(build, "SAVE_EVERY", 1)
+    rectify.rectify(tmp_path / "whole", seed=1, steps=3)
+    calls, loss = [], rectify.F.mse_loss
+
+    def failing(*arguments):
+        calls.append(0)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return loss(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rectify.F, "mse_loss", failing)
+        with pytest.raises(KeyboardInterrupt):
+            rectify.rectify(tmp_path / "parts", seed=1, steps=3)
+        calls.clear()
+        rectify.rectify(tmp_path / "parts", seed=1, steps=3)
+    assert len(calls) == 1 and files(tmp_path / "whole") == files(tmp_path / "parts")
+    assert files(tmp_path / "whole").keys() == files(FLOW).keys() and sorted(p.name for p in tmp_path.iterdir()) == [
+        "parts",
+        "whole",
+    ]

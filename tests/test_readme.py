@@ -15,14 +15,15 @@ from test_house import ROOMS
 from benchmarks import faults, memory_few, restarts
 from benchmarks.memory import RECIPES, passes
 from config import PRESETS, Config
-from miniature import TURBO, WEIGHTS, build, world
+from miniature import FLOW, TURBO, WEIGHTS, build, world
 from plumbing.figures import TARGETS, smoothed
 from plumbing.reward_models import SOURCES
 
-README, MINIATURE, STABLE_DIFFUSION, METRICS = (
+README, MINIATURE, STABLE_DIFFUSION, METRICS, FLOWS = (
     (ROOT / path).read_text(encoding="utf-8")
-    for path in ("README.md", "docs/paper-in-miniature.md", "docs/stable-diffusion.md", "docs/metrics.md")
+    for path in ("README.md", "docs/paper-in-miniature.md", "docs/stable-diffusion.md", "docs/metrics.md", "docs/flows.md")
 )
+FLOW_SETS = ("toy-heldout", "by its ODE")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -229,6 +230,44 @@ def test_the_card_of_two_steps_is_what_was_measured():
     assert f"Seed {made['seed']}, {made['threads']} thread, {made['seconds']:.0f} seconds" in " ".join(page.split())
 
 
+def test_the_card_of_the_flow_is_what_was_measured():
+    page = (FLOW / "README.md").read_text(encoding="utf-8")
+    rows, found, made = tables(page), result("flow.json")["figures"], made_of(FLOW)
+    for column, name in enumerate(("one object", "two objects")):
+        for guidance, by_steps in found[name]["alignment"].items():
+            for T, value in by_steps.items():
+                assert rows[f"alignment, {guidance}, {T}"][column] == f"{value:.3f}"
+        for attribute, value in found[name]["attributes"].items():
+            assert rows[f"{attribute}, guidance 1, T = 5"][column] == f"{value:.3f}"
+        assert rows["diversity within a prompt, guidance 1, T = 5"][column] == f"{found[name]['diversity']:.3f}"
+    assert f"{made['steps']} updates of {build.BATCH} latents" in page
+    assert f"Seed {made['seed']}, {made['threads']} thread, {made['seconds']:.0f} seconds" in " ".join(page.split())
+
+
+def test_the_page_of_flows_is_what_was_measured():
+    found = result("reproduce/flow.json")
+    for name, seeds in found["scores"].items():
+        held_out, ode = (over_seeds([sets[of]["toy-alignment"]["mean"] for sets in seeds.values()]) for of in FLOW_SETS)
+        diversity = over_seeds([sets["toy-heldout"]["diversity"] for sets in seeds.values()])
+        nats = [run["kl_nats"][-1] for run in found["runs"].get(name, {}).values()]
+        assert f"| {name} | {held_out} | {ode} | {diversity} | {f'{sum(nats) / len(nats):.0f}' if nats else ''} |" in FLOWS
+    for row in [row for row in result("reproduce/learning-rates.json")["results"] if row["scale"] == "flow"]:
+        cells = [f"{row['reward'][rate]:.3f}" if rate in row["reward"] else "" for rate in ("3e-5", "1e-4", "3e-4", "1e-3")]
+        best = f"{row['reward'][row['chosen']]:.3f}"
+        assert f"| {row['method']} | {' | '.join(cells)} |".replace(best, f"**{best}**") in FLOWS
+    for levels, at in result("reproduce/samplers.json")["results"].items():
+        for name, row in at["samplers"].items():
+            numbers = f"{at['noise told'][-2]:.3f} | {row['noise of a point'][-2]:.3f}"
+            measured = f"{over_seeds(row['noise in latents'])} | {over_seeds(row['alignment'])}"
+            assert f"| {levels} | {name} | {numbers} | {measured} |" in FLOWS
+    at = result("reproduce/samplers.json")["results"]["Stable Diffusion 3's levels"]
+    times = at["samplers"]["SDE, a 0.7"]["noise of a point"][-2] / at["noise told"][-2]
+    assert f"the SDE carries {times:.0f} times the noise" in FLOWS
+    rows = {row["name"]: row for row in result("memory.json")["results"]}
+    most = {name: max(rows[name][phase] for phase in ("sample", "reward", "reference", "update")) for name in rows}
+    assert most["sd3.5-medium"] < 0.9 * 24e9 / 2**30 and most["flux-dev"] < 0.9 * 80e9 / 2**30
+
+
 def made_of(weights) -> dict:
     return json.loads((weights / "made.json").read_text())
 
@@ -239,7 +278,8 @@ def test_the_papers_comparisons_are_the_committed_ones():
     section = MINIATURE.split("## The paper's comparisons")[1]
     assert f'"large scale" of {len(world.PROMPT_SETS["toy-train"]()):,} for' in section
     for name, target in TARGETS.items():
-        assert f"`{name}`" in section and f"results/reproduce/{name}.png" in section, name
+        page = section + FLOWS
+        assert f"`{name}`" in page and f"results/reproduce/{name}.png" in page, name
         assert (folder / f"{name}.png").exists() and results[name]["versions"]["torch"] and results[name]["machine"]["cpu_cores"]
         if target.variants and not target.script:
             assert list(results[name]["runs"]) == target.variants
@@ -259,7 +299,7 @@ def test_the_papers_comparisons_are_the_committed_ones():
             end = over_seeds([sum(run["reward_mean"][-5:]) / 5 for run in seeds.values()])
             assert f"| {model} | {end} |" in section, model
     results_of_search = json.loads((folder / "learning-rates.json").read_text())["results"]
-    for row in [row for row in results_of_search if row["scale"] != "few"]:
+    for row in [row for row in results_of_search if row["scale"] not in ("few", "flow")]:
         cells = [
             f"{row['reward'][rate]:.3f}" if rate in row["reward"] else ""
             for rate in ("3e-6", "1e-5", "3e-5", "1e-4", "3e-4", "1e-3")
@@ -425,7 +465,7 @@ def test_figures_beside_trl_are_the_measured_ones():
 
 def test_presets_weights_and_recipes_are_the_codes():
     lines = STABLE_DIFFUSION.splitlines()
-    for name in PRESETS.keys() - {"toy"}:
+    for name in PRESETS.keys() - {"toy", "toy-flow"}:
         (row,) = (line for line in lines if line.startswith(f"| `{name}`"))
         *_, epochs, updates, trajectories, _, clip_range, learning_rate, _ = (cell.strip() for cell in row.split("|"))
         c = Config(**PRESETS[name])

@@ -35,7 +35,9 @@ def test_every_variant_has_its_schedule_and_every_target_its_variants():
         if scale == "few":
             assert (config.model, config.num_steps, config.prompts, queries) == ("toy-turbo", 2, "toy-train", 128)
             continue
-        assert config.method == method.split()[0] and config.prompts == ("toy-train" if scale == "large" else "toy-small")
+        large = scale in ("large", "flow")
+        assert config.method == method.split()[0] and config.prompts == ("toy-train" if large else "toy-small")
+        assert config.model == ("toy-flow" if scale == "flow" else "toy")
         assert queries in ((128, 512) if scale == "prediction" else (64,))
     used = {name for target in figures.TARGETS.values() for name in target.variants}
     assert used == reproduce.VARIANTS.keys()
