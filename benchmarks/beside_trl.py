@@ -121,7 +121,7 @@ def time_all(options, python: str) -> dict:
     model = options.folder / "pipeline"
     if not (model / "model_index.json").exists():
         torch.manual_seed(0)
-        rehearsal.make_pipeline(model, "small")
+        rehearsal.pipeline_of("small").save_pretrained(model)
     seconds: dict[str, list[float]] = {name: [] for name in TIMED}
     for n in range(options.rounds):
         for name in list(TIMED)[:: -1 if n % 2 else 1]:

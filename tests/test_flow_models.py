@@ -29,7 +29,7 @@ def folders(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("models")
     for name, shape in SHAPES.items():
         torch.manual_seed(0)
-        rehearsal.make_pipeline(folder / name, shape)
+        rehearsal.pipeline_of(shape).save_pretrained(folder / name)
     return {name: str(folder / name) for name in SHAPES}
 
 

@@ -106,17 +106,17 @@ def test_memory_is_what_was_derived():
     shapes = rehearsal.PIPELINES["full"]
     with torch.device("meta"):
         others = [
-            memory.AutoencoderKL(**rehearsal.VAE_BLOCKS, **shapes["vae"]),
-            memory.CLIPTextModel(rehearsal.CLIPTextConfig(vocab_size=49408, **shapes["text"])),
+            rehearsal.AutoencoderKL(**rehearsal.VAE_BLOCKS, **shapes["vae"]),
+            rehearsal.CLIPTextModel(rehearsal.CLIPTextConfig(vocab_size=49408, **shapes["text"])),
         ]
     derived = memory.derive(config)["update"] - memory.size_of(*others)
     with torch.device("cuda"):
-        unet = memory.UNet2DConditionModel(**shapes["unet"]).eval().requires_grad_(False)
+        unet = rehearsal.UNet2DConditionModel(**shapes["unet"]).eval().requires_grad_(False)
     pipe = SimpleNamespace(unet=unet)
     make_trainable(pipe, config)
     optimizer = torch.optim.AdamW(trained_parameters(pipe).values(), fused=True)
     texts = Embeddings({"encoder_hidden_states": torch.randn(1, 77, 768, device="cuda")})
-    scheduler = ddim_scheduler(memory.DDIMScheduler().config, 50)
+    scheduler = ddim_scheduler(rehearsal.PNDM.config, 50)
     policy = network_policy(unet, texts, scheduler, guidance_scale=5.0, eta=1.0, autocast="bf16")
     x_t, i = torch.randn(2, 4, 64, 64, device="cuda"), torch.zeros(2, dtype=torch.long, device="cuda")
     before = torch.cuda.memory_allocated() / 2**30 - memory.size_of(unet)  # of other tests

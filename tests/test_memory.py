@@ -50,7 +50,7 @@ def test_options_save_what_they_should(monkeypatch):
         usual = memory.derive(parse(FLAGS), "tiny")
     assert norms == {torch.float32}
     with torch.device("meta"):
-        unet = memory.UNet2DConditionModel(**memory.rehearsal.PIPELINES["tiny"]["unet"])
+        unet = memory.rehearsal.UNet2DConditionModel(**memory.rehearsal.PIPELINES["tiny"]["unet"])
     size = memory.size_of(unet)
     assert usual["update"] > usual["resident"] > 4 * size  # the UNet, the reference and two moments
 
@@ -77,7 +77,7 @@ def test_models_of_few_steps_hold_three_networks_and_a_surrogate():
         return memory_few.derive(parse([*flags, *more], LasroConfig, LASRO_PRESETS), "tiny-sd-turbo")
 
     with torch.device("meta"):
-        unet = memory.UNet2DConditionModel(**memory.rehearsal.PIPELINES["tiny"]["unet"])
+        unet = memory.rehearsal.UNet2DConditionModel(**memory.rehearsal.PIPELINES["tiny"]["unet"])
     size, usual = memory.size_of(unet), derive()
     assert list(usual) == ["resident", "sample", "reward", "surrogate", "generator"]
     assert usual["resident"] > 5 * size and min(usual["surrogate"], usual["generator"]) > usual["resident"] - 2 * size
