@@ -50,7 +50,7 @@ def test_several_processes_are_started_by_torchrun(monkeypatch):
     monkeypatch.setattr(speed.subprocess, "run", nothing)
     for processes in (1, 2):
         with pytest.raises(ValueError, match="enough"):
-            speed.measure(processes, 5, ["--preset", "toy"], None, 1, 1.0)
+            speed.measure(processes, 5, 4, ["--preset", "toy"], None, 1, 1.0)
     one, two = started
     assert one[1].endswith("train.py") and two[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     assert one[2:-1] == two[6:-1]  # all but the folder

@@ -59,12 +59,12 @@ def test_a_gpu_day_goes_on_where_it_was(monkeypatch, tmp_path, capsys):
         "rounding": lambda: part("rounding", {"failure": None, "largest": {"fp32": 1e-6}}),
     }
     monkeypatch.setattr(gpu, "parts", lambda options: parts)
-    monkeypatch.setattr(gpu.rehearsal, "make", lambda *_: ["--model", "x"])
+    monkeypatch.setattr(gpu, "make", lambda *made: done.append("models") or {"failure": None})
     argv = ["--output", str(tmp_path / "out"), "--folder", str(tmp_path / "folder"), "--shape", "tiny"]
     gpu.main(argv)
     (tmp_path / "out" / "rounding.json").unlink()
     gpu.main(argv)
-    assert done == ["tests", "speed fp32", "rounding", "rounding"]
+    assert done == ["tests", "models", "speed fp32", "rounding", "rounding"]
     kept = json.loads((tmp_path / "out" / "speed-fp32.json").read_text())
     assert kept["part"] == "speed fp32" and kept["failure"] == "out of memory" and "torch" in kept["versions"]
     said = capsys.readouterr().out
@@ -76,9 +76,14 @@ def test_a_gpu_day_wants_a_gpu_and_known_flags(capsys, tmp_path):
     with pytest.raises(SystemExit) as stopped:
         gpu.main(["--output", str(tmp_path)])
     assert stopped.value.code == 2 and "there is no GPU: --shape tiny" in capsys.readouterr().err
-    for name in gpu.SPEED:
-        for limit in (50, 3):
-            check(parse(["--preset", "large-hpsv2", *gpu.speed_flags(name, limit)]), 1)
+    for steps, flags in gpu.SPEED.values():
+        check(parse(["--preset", "large-hpsv2", "--num_steps", str(steps), *flags.split()]), 1)
+    for preset, shape in gpu.FLOWS.items():
+        check(parse(["--preset", preset]), 1)
+        assert shape in gpu.memory.rehearsal.PIPELINES and f"tiny-{shape}" in gpu.memory.rehearsal.PIPELINES
+    with pytest.raises(SystemExit) as stopped:
+        gpu.main(["--output", str(tmp_path), "--parts", "rounding", "spead"])
+    assert stopped.value.code == 2 and "no part 'spead': use tests, rounding, speed bf16, " in capsys.readouterr().err
     for name in gpu.CAPS:
         assert memory.RECIPES[name].startswith("--preset large-hpsv2 ")
 
