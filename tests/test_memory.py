@@ -70,7 +70,7 @@ def test_options_save_what_they_should(monkeypatch):
     assert adapters["resident"] < usual["resident"] - 2.9 * size  # no reference, hardly any moments
 
 
-def test_models_of_few_steps_hold_three_networks_and_a_surrogate():
+def test_models_of_few_steps_hold_three_networks_and_a_surrogate(monkeypatch):
     flags = ["--preset", "sd-turbo", "--teacher_guidance", "1"]
 
     def derive(*more: str) -> dict[str, float]:
@@ -81,6 +81,7 @@ def test_models_of_few_steps_hold_three_networks_and_a_surrogate():
     size, usual = memory.size_of(unet), derive()
     assert list(usual) == ["resident", "sample", "reward", "surrogate", "generator"]
     assert usual["resident"] > 5 * size and min(usual["surrogate"], usual["generator"]) > usual["resident"] - 2 * size
+    monkeypatch.setattr(memory_few, "peak_of", lambda run: 0.0)  # what is resident is enough, and sooner known
     adapters = derive("--lora_rank", "2", "--reward_dtype", "fp16")
     with torch.device("meta"):
         blip = memory.ImageReward(memory.rehearsal.REWARDS["tiny"]["imagereward"])
