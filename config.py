@@ -293,8 +293,8 @@ def check(config: Config, world_size: int) -> None:
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
     beside = config.method in ("dpok", "grpo")  # a divergence from the reference stands beside the loss, and 0 leaves it out
-    if config.eta == 0:
-        raise ValueError("eta must be > 0, not 0: a deterministic step has no log-prob (1 is the paper's DDPM)")
+    if config.eta <= 0:
+        raise ValueError(f"eta must be > 0, not {config.eta:g}: a deterministic step has no log-prob (1 is the paper's DDPM)")
     positive = ("clip_range", "learning_rate", "max_grad_norm", "advantage_limit", "reward_scale")
     for name in positive if beside and config.kl_weight == 0 else ("kl_weight", *positive):
         if not 0 < getattr(config, name) < float("inf"):

@@ -206,9 +206,8 @@ def all_predict(
     known = (
         parts and model.run.get("method") == "prdp" and not model.checkpoint and all(name in config.rewards for name, _ in parts)
     )
-    if (
-        not known or config.eta == 0 or B < 2 or number < 1 or processes.all_succeed(file.exists)[0]
-    ):  # as the first process sees it
+    possible = config.eta > 0 and B > 1 and number > 0  # without noise there is no log-prob
+    if not (known and possible) or processes.all_succeed(file.exists)[0]:  # as the first process sees it
         return
 
     def rhat_of_share() -> torch.Tensor:

@@ -56,12 +56,17 @@ def diversity(images: torch.Tensor) -> float:
     return images.double().var(1, correction=0).flatten(1).mean(1).sqrt().mean().item()
 
 
+def encoded(pipe, images: torch.Tensor) -> torch.Tensor:
+    """Latents x_0 of pictures (M, 3, 32, 32), as the network has them."""
+    return pipe.vae.encode(images * 2 - 1).latents * pipe.vae.config.scaling_factor
+
+
 @torch.no_grad()
 def limits(pipe, prompts: list[str]) -> dict[str, float]:
     """What to expect at best and at worst: drawn pictures, the same through the autoencoder, and those of other prompts."""
-    rng, vae = random.Random(0), pipe.vae
+    rng = random.Random(0)
     drawn = torch.stack([world.draw(prompts, rng) for _ in range(4)], 1)
-    through = decode_latents(pipe, vae.encode(drawn[:, 0] * 2 - 1).latents * vae.config.scaling_factor)
+    through = decode_latents(pipe, encoded(pipe, drawn[:, 0]))
     others = [prompts[n] for n in torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0))]
     return {
         "drawn": world.alignment(drawn[:, 0], prompts).mean().item(),

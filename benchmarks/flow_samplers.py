@@ -18,6 +18,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
+from benchmarks.card import encoded
 from comparators.flow_steps import cps, sde
 from miniature import world
 from plumbing import plots
@@ -55,8 +56,7 @@ def noise_in_latents(pipe, x_0: Tensor, images: Tensor) -> float:
 
     Not all of it is noise: compare with what the ODE leaves.
     """
-    again = pipe.vae.encode(images * 2 - 1).latents * pipe.vae.config.scaling_factor
-    return (x_0 - again).square().mean().sqrt().item()
+    return (x_0 - encoded(pipe, images)).square().mean().sqrt().item()
 
 
 def schedulers(pipe) -> dict[str, FlowMatchEulerDiscreteScheduler]:

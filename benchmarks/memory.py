@@ -175,13 +175,12 @@ def derive(config: Config, shape: str = "full") -> dict[str, float]:
         rewards = reward_models(config, rehearsal.REWARDS["tiny" if shape.startswith("tiny") else "full"])
     with FakeTensorMode(allow_non_fake_inputs=True) as without_content:
         pipe = rehearsal.pipeline_of(shape)
-        texts, held = text_encoders(pipe), DTYPES[config.frozen_dtype]
-        for parameter in (parameter for text in texts for parameter in text.parameters()):
-            parameter.data = parameter.data.to(held)
-        torch.set_default_dtype(held if config.lora_rank else torch.float32)
-        network = type(network_of(pipe)).from_config(network_of(pipe).config).eval().requires_grad_(False)
-        torch.set_default_dtype(torch.float32)
-        pipe.vae.requires_grad_(False)
+        network, texts = network_of(pipe).eval(), text_encoders(pipe)
+        for part in (network, pipe.vae):
+            part.requires_grad_(False)
+        for part in (*texts, *([network] if config.lora_rank else [])):
+            for parameter in part.parameters():  # Module.to cannot swap tensors without content
+                parameter.data = parameter.data.to(DTYPES[config.frozen_dtype])
         normalise_in_fp32(network)
     trained_in = SimpleNamespace(**{network_name(pipe): network})
     add_adapters(trained_in, config.lora_rank) if config.lora_rank else network.requires_grad_(True)

@@ -238,11 +238,11 @@ def pipeline_of(size: str) -> DiffusionPipeline:
     if "text_2" in shape:
         second = CLIPTextModelWithProjection(CLIPTextConfig(**shape["text_2"]))
         texts |= {"text_encoder_2": second, "tokenizer_2": clip_tokenizer()}
-    if "text_2" in shape and "transformer" in shape:
-        texts |= {"text_encoder_3": None, "tokenizer_3": None}
     if shape.get("t5"):
         place = 3 if "text_2" in shape else 2
         texts |= {f"text_encoder_{place}": T5EncoderModel(T5Config(**shape["t5"])), f"tokenizer_{place}": t5_tokenizer()}
+    elif projected:
+        texts |= {"text_encoder_3": None, "tokenizer_3": None}
     parts = texts | {"vae": AutoencoderKL(**VAE_BLOCKS, **shape["vae"]), "scheduler": shape["scheduler"]}
     match shape:
         case {"transformer": transformer, "text_2": _}:

@@ -17,6 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 from miniature import WEIGHTS, build
 
 STEPS, PEAK_LR = 9000, 1.5e-3
+LAYERS, HEADS = 3, 8
 WIDTHS = (64, 32)  # of the two text encoders
 
 
@@ -27,13 +28,13 @@ def text_encoder(vocabulary: int, width: int) -> CLIPTextModelWithProjection:
     ))  # fmt: skip
 
 
-def initial_pipeline(layers: int = 3, heads: int = 8) -> StableDiffusion3Pipeline:
+def initial_pipeline() -> StableDiffusion3Pipeline:
     """The pipeline with random weights, 1.8 million parameters, beside the miniature's trained autoencoder."""
     tokenizer, vae = build.word_tokenizer(), AutoencoderTiny.from_pretrained(WEIGHTS / "vae").requires_grad_(False)
     encoders = [text_encoder(len(tokenizer), width) for width in WIDTHS]
     transformer = SD3Transformer2DModel(
-        sample_size=8, patch_size=2, in_channels=build.LATENT_CHANNELS, out_channels=build.LATENT_CHANNELS, num_layers=layers,
-        attention_head_dim=16, num_attention_heads=heads, joint_attention_dim=sum(WIDTHS), caption_projection_dim=16 * heads,
+        sample_size=8, patch_size=2, in_channels=build.LATENT_CHANNELS, out_channels=build.LATENT_CHANNELS, num_layers=LAYERS,
+        attention_head_dim=16, num_attention_heads=HEADS, joint_attention_dim=sum(WIDTHS), caption_projection_dim=16 * HEADS,
         pooled_projection_dim=sum(WIDTHS), pos_embed_max_size=4, qk_norm="rms_norm",
     )  # fmt: skip
     return StableDiffusion3Pipeline(

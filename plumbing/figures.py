@@ -35,16 +35,21 @@ def draw_curves(panels: dict[str, list[str]], result: dict, path: Path) -> None:
     plots.curves(lines, "reward, mean over 5 epochs", path)
 
 
-def draw_over_kl(panels: dict[str, list[str]], result: dict, path: Path) -> None:
-    """Training reward against the KL of theta_old from the reference in nats, a point an epoch; smoothed alike, a seed a line."""
-    points = {
+OF_KL = "KL from the reference, nats", "reward, both means over 5 epochs"
+
+
+def over_kl(result: dict) -> dict[str, list]:
+    """Name -> [KL of theta_old from the reference in nats, training reward] of every seed, a point an epoch; smoothed alike."""
+    return {
         name: [[smoothed(run[key]) for key in ("kl_nats", "reward_mean")] for run in seeds.values()]
         for name, seeds in result["runs"].items()
     }
-    of_axes = "KL from the reference, nats", "reward, both means over 5 epochs"
-    plots.trails(
-        [(title, *of_axes, {name: points[name] for name in names}) for title, names in panels.items()], path, symlog=True
-    )
+
+
+def draw_over_kl(panels: dict[str, list[str]], result: dict, path: Path) -> None:
+    """Training reward at equal KL, a seed a line."""
+    points = over_kl(result)
+    plots.trails([(title, *OF_KL, {name: points[name] for name in names}) for title, names in panels.items()], path, symlog=True)
 
 
 def means(result: dict, model: str, prompts: str, reward: str = "toy-alignment") -> list[float]:
@@ -138,13 +143,9 @@ def draw_few_steps(panels: dict[str, list[str]], result: dict, path: Path) -> No
 
 def draw_flow(panels: dict[str, list[str]], result: dict, path: Path) -> None:
     """Training reward at equal pictures, which are as many reward queries, and at equal KL; a seed a line."""
-    of_epochs, of_kl = {}, {}
-    for name, seeds in result["runs"].items():
-        rewards = [smoothed(run["reward_mean"]) for run in seeds.values()]
-        of_epochs[name] = [[range(1, len(y) + 1), y] for y in rewards]
-        of_kl[name] = [[smoothed(run["kl_nats"]), y] for run, y in zip(seeds.values(), rewards, strict=True)]
-    of_axes = "KL from the reference, nats", "reward, both means over 5 epochs"
-    plots.trails([("At equal pictures", "epoch", of_axes[1], of_epochs), ("At equal KL", *of_axes, of_kl)], path)
+    of_kl = over_kl(result)
+    of_epochs = {name: [[range(1, len(y) + 1), y] for _, y in seeds] for name, seeds in of_kl.items()}
+    plots.trails([("At equal pictures", "epoch", OF_KL[1], of_epochs), ("At equal KL", *OF_KL, of_kl)], path)
 
 
 def draw_samplers(panels: dict[str, list[str]], result: dict, path: Path) -> None:

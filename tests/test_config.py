@@ -106,13 +106,14 @@ def test_the_preset_of_flow_grpo_is_its_authors():
 def test_every_preset_but_the_miniatures_is_tested():
     tested = {"small-hpsv2", "small-pickscore", "large-hpsv2", "large-pickscore", "multi-reward", "aesthetic-kl", *COMPARATORS}
     assert PRESETS.keys() - {"toy", "toy-flow"} == tested | TODAYS.keys() | {"grpo"}
+    assert parse([]) == parse(["--preset", "small-hpsv2"])
+    assert parse(["--preset", "toy", "--epochs", "3"]).epochs == 3
 
 
 def test_training_without_noise_is_refused():
-    with pytest.raises(ValueError, match="a deterministic step has no log-prob"):
-        check(parse(["--preset", "toy", "--eta", "0"]), 1)
-    assert parse([]) == parse(["--preset", "small-hpsv2"])
-    assert parse(["--preset", "toy", "--epochs", "3"]).epochs == 3
+    for eta in ("0", "-1"):
+        with pytest.raises(ValueError, match=f"eta must be > 0, not {eta}: a deterministic step has no log-prob"):
+            check(parse(["--preset", "toy", "--eta", eta]), 1)
 
 
 @pytest.mark.parametrize("method", ["dpok", "grpo"])

@@ -127,9 +127,8 @@ def run(folders, name, output, *more) -> list[dict]:
 ADAPTERS = "--lora_rank 4 --frozen_dtype bf16 --autocast bf16 --text_encoders_on_cpu"
 
 
-@pytest.mark.parametrize(  # SDXL's every weight: tests/test_lasro.py
-    "name, more", [("sd3", ""), ("sd3", ADAPTERS), ("flux", ""), ("flux", ADAPTERS), ("sdxl", ADAPTERS)]
-)
+@pytest.mark.parametrize("more", ["", ADAPTERS])
+@pytest.mark.parametrize("name", SHAPES)
 def test_runs_resume_and_results_open_in_plain_diffusers(folders, name, more, tmp_path):
     whole = run(folders, name, tmp_path / "whole", *more.split())
     assert all(line["grad_norm"] > 0 for line in whole[1:]) and whole[1]["reward_mean"] != whole[2]["reward_mean"]

@@ -213,6 +213,21 @@ def over_seeds(values: list[float]) -> str:
     return f"{sum(values) / len(values):.3f} ({min(values):.3f}–{max(values):.3f})"
 
 
+def assert_begins_as(rows: dict, column: int, found: dict, at: str) -> None:
+    """A card's rows of what finetuning begins with."""
+    for attribute, value in found["attributes"].items():
+        assert rows[f"{attribute}, {at}"][column] == f"{value:.3f}"
+    assert rows[f"diversity within a prompt, {at}"][column] == f"{found['diversity']:.3f}"
+
+
+def searched(row: dict, rates: tuple[str, ...]) -> str:
+    """The cells of a search for a learning rate, the chosen one's in bold."""
+    best = f"{row['reward'][row['chosen']]:.3f}"
+    return " | ".join(f"{row['reward'][rate]:.3f}" if rate in row["reward"] else "" for rate in rates).replace(
+        best, f"**{best}**"
+    )
+
+
 def test_the_card_of_two_steps_is_what_was_measured():
     page, rows = (TURBO / "README.md").read_text(encoding="utf-8"), tables((TURBO / "README.md").read_text(encoding="utf-8"))
     teacher, found, made = (*(result(f"{name}.json")["figures"] for name in ("miniature", "turbo")), made_of(TURBO))
@@ -223,9 +238,7 @@ def test_the_card_of_two_steps_is_what_was_measured():
             assert rows[f"alignment, the teacher, guidance {w}, T = {T}"][column] == (
                 f"{teacher[name]['alignment'][f'guidance {w}'][f'T = {T}']:.3f}"
             )
-        for attribute, value in found[name]["attributes"].items():
-            assert rows[f"{attribute}, T = 2"][column] == f"{value:.3f}"
-        assert rows["diversity within a prompt, T = 2"][column] == f"{found[name]['diversity']:.3f}"
+        assert_begins_as(rows, column, found[name], "T = 2")
     assert f"{made['steps']} updates of {build.BATCH} latents, {made['pictures']} pictures" in page
     assert f"Seed {made['seed']}, {made['threads']} thread, {made['seconds']:.0f} seconds" in " ".join(page.split())
 
@@ -237,9 +250,7 @@ def test_the_card_of_the_flow_is_what_was_measured():
         for guidance, by_steps in found[name]["alignment"].items():
             for T, value in by_steps.items():
                 assert rows[f"alignment, {guidance}, {T}"][column] == f"{value:.3f}"
-        for attribute, value in found[name]["attributes"].items():
-            assert rows[f"{attribute}, guidance 1, T = 5"][column] == f"{value:.3f}"
-        assert rows["diversity within a prompt, guidance 1, T = 5"][column] == f"{found[name]['diversity']:.3f}"
+        assert_begins_as(rows, column, found[name], "guidance 1, T = 5")
     assert f"{made['steps']} updates of {build.BATCH} latents" in page
     assert f"Seed {made['seed']}, {made['threads']} thread, {made['seconds']:.0f} seconds" in " ".join(page.split())
 
@@ -252,9 +263,7 @@ def test_the_page_of_flows_is_what_was_measured():
         nats = [run["kl_nats"][-1] for run in found["runs"].get(name, {}).values()]
         assert f"| {name} | {held_out} | {ode} | {diversity} | {f'{sum(nats) / len(nats):.0f}' if nats else ''} |" in FLOWS
     for row in [row for row in result("reproduce/learning-rates.json")["results"] if row["scale"] == "flow"]:
-        cells = [f"{row['reward'][rate]:.3f}" if rate in row["reward"] else "" for rate in ("3e-5", "1e-4", "3e-4", "1e-3")]
-        best = f"{row['reward'][row['chosen']]:.3f}"
-        assert f"| {row['method']} | {' | '.join(cells)} |".replace(best, f"**{best}**") in FLOWS
+        assert f"| {row['method']} | {searched(row, ('3e-5', '1e-4', '3e-4', '1e-3'))} |" in FLOWS
     for levels, at in result("reproduce/samplers.json")["results"].items():
         for name, row in at["samplers"].items():
             numbers = f"{at['noise told'][-2]:.3f} | {row['noise of a point'][-2]:.3f}"
@@ -300,13 +309,8 @@ def test_the_papers_comparisons_are_the_committed_ones():
             assert f"| {model} | {end} |" in section, model
     results_of_search = json.loads((folder / "learning-rates.json").read_text())["results"]
     for row in [row for row in results_of_search if row["scale"] not in ("few", "flow")]:
-        cells = [
-            f"{row['reward'][rate]:.3f}" if rate in row["reward"] else ""
-            for rate in ("3e-6", "1e-5", "3e-5", "1e-4", "3e-4", "1e-3")
-        ]
-        line = f"| {row['method']} | {row['scale']} | {' | '.join(cells)} |"
-        best = f"{row['reward'][row['chosen']]:.3f}"
-        assert line.replace(best, f"**{best}**") in section and "3e-3" not in row["reward"], row
+        cells = searched(row, ("3e-6", "1e-5", "3e-5", "1e-4", "3e-4", "1e-3"))
+        assert f"| {row['method']} | {row['scale']} | {cells} |" in section and "3e-3" not in row["reward"], row
     for name, row in results["variance"]["results"].items():
         cosine, above = (
             f"{row[v]:.4f} ± {row[e]:.4f}" for v, e in (("cosine", "standard_error"), ("above_prdp", "above_prdp_standard_error"))
