@@ -256,7 +256,7 @@ def of_run(folder: Path, scale: str) -> dict:
     kept = [key for key in ("reward_mean", "reward_by_step", "surrogate_by_step", "surrogate_accuracy") if key in lines[1]]
     queries = config["prompts_per_epoch"] * config["images_per_prompt"] * len(lines[1].get("reward_by_step", [None]))
     evaluated = [
-        {"queries": queries * line["epoch"], "seconds": round(sum(seconds[: line["epoch"]]), 1)}
+        {"queries": queries * line["epoch"], "seconds": round(sum(seconds[: line["epoch"]]), 3)}
         | {key: rounded(line[key]) for key in ("eval_reward", "eval_reward_one_step") if key in line}
         for line in lines if line["eval_reward"] is not None
     ]  # fmt: skip

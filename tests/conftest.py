@@ -105,16 +105,13 @@ class OnTwo:
 
 @pytest.fixture(scope="session")
 def on_two_processes(model_folder, two_models, tmp_path_factory) -> dict[str, OnTwo]:
-    """All cases that want two processes, in one start of torchrun (tests/two_processes.py), but for one on two machines."""
+    """All cases that want two processes, in one start of two agents of torchrun (tests/two_processes.py)."""
     workers_share = "PYTEST_XDIST_WORKER" in os.environ
     folder = tmp_path_factory.getbasetemp().parent / "two" if workers_share else tmp_path_factory.mktemp("two")
     with FileLock(f"{folder}.lock"):
-        if not (folder / "agents.1.json").exists():
+        if not (folder / "cases.1.json").exists():
             run_on_two_processes(folder, model_folder, two_models)
-    of_cases, of_agents = (
-        [json.loads((folder / f"{start}.{rank}.json").read_text()) for rank in range(2)] for start in ("cases", "agents")
-    )
-    ranks = [one | other for one, other in zip(of_cases, of_agents, strict=True)]
+    ranks = [json.loads((folder / f"cases.{rank}.json").read_text()) for rank in range(2)]
     return {
         name: OnTwo(folder / name, [rank[name]["code"] for rank in ranks], [rank[name]["errors"] for rank in ranks])
         for name in ranks[0]
@@ -144,31 +141,23 @@ def run_on_two_processes(folder: Path, model_folder: Path, two_models: Path) -> 
     alone = ["--epochs", "2", "--eval_prompts", "", "--reward", "test_train:exhausting_between_collectives"]
     cases["alone"] = ("train", test_train.arguments(model_folder, folder / "alone", *alone))
     (folder / "cases.json").write_text(json.dumps(cases))
-    start([["--standalone", "--nproc_per_node=2"]], folder / "cases.json")
     # As on two machines of one GPU each: an agent of torchrun on each, which meet at an address; here it is this machine's own.
-    two_agents = {"two agents": ("train", test_train.arguments(model_folder, folder / "two agents", "--epochs", "2"))}
-    (folder / "agents.json").write_text(json.dumps(two_agents))
     with socket.socket() as free:
         free.bind(("localhost", 0))
         place = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={free.getsockname()[1]}"]
-    start([[*place, f"--node_rank={rank}"] for rank in range(2)], folder / "agents.json")
-
-
-def start(agents: list[list[str]], cases: Path) -> None:
-    """An agent of torchrun for each list of its flags, on the cases."""
-    logs = [cases.with_suffix(f".{rank}.log") for rank in range(len(agents))]
-    started = [
+    script, logs = ["tests/two_processes.py", str(folder / "cases.json")], [folder / f"agent{rank}.log" for rank in range(2)]
+    agents = [
         subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", *flags, "tests/two_processes.py", str(cases)],
+            [sys.executable, "-m", "torch.distributed.run", *place, f"--node_rank={rank}", *script],
             cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log.open("w"), stderr=subprocess.STDOUT,
         )
-        for flags, log in zip(agents, logs, strict=True)
+        for rank, log in enumerate(logs)
     ]  # fmt: skip
     try:
-        codes = [agent.wait(timeout=300) for agent in started]
+        codes = [agent.wait(timeout=300) for agent in agents]
     finally:
-        for agent in started:
-            agent.terminate()  # torchrun then ends the processes it has started
+        for agent in agents:
+            agent.terminate()  # torchrun then ends the process it has started
     assert not any(codes), [log.read_text() for log in logs]
 
 

@@ -12,6 +12,7 @@ import torch
 from conftest import ROOT
 
 import evaluate
+import lasro
 import reproduce
 import train
 from benchmarks import gradient_variance
@@ -94,7 +95,7 @@ def test_the_search_ends_between_two_worse_rates(monkeypatch, tmp_path):
 def began(monkeypatch) -> list[list[str]]:
     """Makes the queue work here and now, one job after the other, and collects their commands."""
     commands: list[list[str]] = []
-    mains = {"train.py": train.main, "evaluate.py": evaluate.main}
+    mains = {"train.py": train.main, "evaluate.py": evaluate.main, "lasro.py": lasro.main}
 
     def here(queue, title, at_once, logs):
         for job in queue:
@@ -156,16 +157,16 @@ def test_a_target_from_search_to_figure_and_nothing_twice(tiny, began, tmp_path,
     assert stopped.value.code == 2 and "holds a run with other settings" in capsys.readouterr().err
 
 
-def test_models_of_few_steps(tiny, model_folder, tmp_path, monkeypatch):
+def test_models_of_few_steps(tiny, began, model_folder, tmp_path, monkeypatch):
     """Two programs behind one target; reward by queries and seconds, in two steps and in one."""
     small = "--prompts toy-small --eval_prompts toy-small --prompts_per_epoch 2 --images_per_prompt 4 --eval_every 1"
-    lasro = "--preset toy-turbo --pretraining_epochs 1 --pretraining_updates 1 --surrogate_updates 1 --generator_updates 1 "
-    lasro += f"--surrogate_batch 2 --generator_batch 4 --anchor_pictures 4 --teacher {model_folder}"
+    flags = "--preset toy-turbo --pretraining_epochs 1 --pretraining_updates 1 --surrogate_updates 1 --generator_updates 1 "
+    flags += f"--surrogate_batch 2 --generator_batch 4 --anchor_pictures 4 --teacher {model_folder}"
     monkeypatch.setattr(reproduce, "SCALES", {"few": f"--model {model_folder} --num_steps 2"})
     monkeypatch.setattr(reproduce, "EPOCHS", {"few": 2})
     monkeypatch.setattr(reproduce, "LEARNING_RATES", ("1e-3", "1e-3", "1e-3"))
     monkeypatch.setattr(reproduce, "RATES", {("prdp", "few"): "1e-3"})  # another test searches for train.py
-    methods = {"lasro": lasro, "prdp": "--preset toy"}
+    methods = {"lasro": flags, "prdp": "--preset toy"}
     monkeypatch.setattr(reproduce, "METHODS", {(name, "few"): f"{flags} {small}" for name, flags in methods.items()})
     flags = "--prompts toy-small --images_per_prompt 2 --num_steps"
     evaluations = {how: ("few", str(model_folder), f"{flags} {n}") for how, n in (("two steps", 2), ("one step", 1))}
@@ -175,7 +176,7 @@ def test_models_of_few_steps(tiny, model_folder, tmp_path, monkeypatch):
     reproduce.main(["lasro", *tiny[1:]])
     result = json.loads((tmp_path / "results" / "lasro.json").read_text())
     runs = {name: seeds["3"] for name, seeds in result["runs"].items()}
-    assert list(runs) == fewer.variants
+    assert list(runs) == fewer.variants and {command[0] for command in began} == {"train.py", "lasro.py", "evaluate.py"}
     frozen, prdp = runs.values()
     assert [at["queries"] for at in frozen["evaluated"]] == [0, 16, 32]
     assert [at["queries"] for at in prdp["evaluated"]] == [0, 8, 16]

@@ -1,6 +1,6 @@
 """Two processes for all tests that need them: every case of a file in turn, in the same two interpreters.
 
-    python -m torch.distributed.run --standalone --nproc_per_node=2 tests/two_processes.py CASES.json
+    python -m torch.distributed.run --nnodes=2 --nproc_per_node=1 ... tests/two_processes.py CASES.json
 
 CASES.json: {name: [script, argv]}. Each process leaves CASES.RANK.json: {name: {"code": exit code, "errors": its stderr}}.
 """
