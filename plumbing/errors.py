@@ -28,6 +28,11 @@ LOWER = {  # what asks for less memory, by the function that asked for too much;
 }
 
 
+def first_line(error: BaseException) -> str:
+    """Of what a library says of an error, or what kind of error it is."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def text_of(error: BaseException) -> str:
     """One line about an error."""
     text = " ".join(str(error).split()) or type(error).__name__

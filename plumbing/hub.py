@@ -4,6 +4,8 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
+from plumbing.errors import first_line
+
 
 def check(name: str) -> None:
     """ValueError if the name is none, the hub does not know who asks, or cannot be reached: not after the training."""
@@ -12,7 +14,7 @@ def check(name: str) -> None:
             raise ValueError("must be USER/NAME or ORGANISATION/NAME")
         HfApi().whoami()
     except Exception as error:  # the hub's client raises many kinds
-        raise ValueError(f"--push_to_hub {name}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"--push_to_hub {name}: {first_line(error)}") from error
 
 
 def publish(run: Path, name: str) -> str:
@@ -28,6 +30,6 @@ def publish(run: Path, name: str) -> str:
                 hub.upload_folder(repo_id=name, folder_path=folder, path_in_repo=place, commit_message=f"Add {folder.name}")
     except Exception as error:
         raise OSError(
-            f"cannot publish {name}: {str(error).splitlines()[0]}; the result is in {run}, the same command publishes it"
+            f"cannot publish {name}: {first_line(error)}; the result is in {run}, the same command publishes it"
         ) from error
     return str(repository)

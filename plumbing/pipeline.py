@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 import miniature
 from config import DTYPES
-from plumbing.errors import told_of
+from plumbing.errors import first_line, told_of
 from plumbing.networks import NETWORK_NAMES, NETWORKS, Embeddings, guided, network_name, network_of
 from plumbing.reward_models import Reward
 from plumbing.schedules import Scheduler, noise_schedule, scheduler_at
@@ -84,7 +84,7 @@ def load_pipeline(
             pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtypes, use_safetensors=True, **absent)
     except Exception as error:  # the libraries raise many kinds for a folder that is no pipeline, or no connection
         if local:
-            raise ValueError(f"cannot load a pipeline from the folder {name!r}: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"cannot load a pipeline from the folder {name!r}: {first_line(error)}") from error
         raise ValueError(
             f"cannot load the hub id {name!r}, and there is no folder of that name ({' '.join(str(error).split())[:100]}...): "
             f"check id and connection, or download it elsewhere (hf download {name} --local-dir FOLDER) and give the folder"

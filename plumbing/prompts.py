@@ -10,6 +10,7 @@ import pyarrow.parquet
 from huggingface_hub import hf_hub_download
 
 from miniature import world
+from plumbing.errors import first_line
 
 ANIMALS = """cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear raccoon fox wolf lizard beetle ant
 butterfly fish shark whale dolphin squirrel mouse rat snake turtle frog chicken duck goose bee pig turkey fly llama camel bat
@@ -44,15 +45,15 @@ def read_prompts(path: Path) -> list[str]:
     try:
         match path.suffix.lower():
             case ".txt":
-                prompts = path.read_text(encoding="utf-8").splitlines()
+                prompts = path.read_text(encoding="utf-8-sig").splitlines()
             case ".json":
-                with path.open(encoding="utf-8") as file:
+                with path.open(encoding="utf-8-sig") as file:
                     prompts = json.load(file, object_hook=column)
             case ".jsonl":
-                with path.open(encoding="utf-8") as file:
+                with path.open(encoding="utf-8-sig") as file:
                     prompts = [json.loads(line, object_hook=column) for line in file if line.strip()]
             case ".csv":
-                with path.open(encoding="utf-8", newline="") as file:
+                with path.open(encoding="utf-8-sig", newline="") as file:
                     prompts = [column(row) for row in csv.DictReader(file)]
             case ".parquet":
                 names = [name for name in COLUMNS if name in pyarrow.parquet.read_schema(path).names]
@@ -80,8 +81,7 @@ def load_prompts(name: str, folder: str = "") -> list[str]:
             if not folder:
                 path = Path(hf_hub_download(data_set, file, repo_type="dataset"))
         except Exception as error:  # the hub's client raises many kinds
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"prompt set {name!r} needs {file} of the data set {data_set}: {reason}") from error
+            raise ValueError(f"prompt set {name!r} needs {file} of the data set {data_set}: {first_line(error)}") from error
         if not path.is_file():
             raise ValueError(f"prompt set {name!r} needs {file} of the data set {data_set}: there is no {path}")
         prompts = read_prompts(path)

@@ -103,18 +103,16 @@ class Run:
             self.metrics = [line for line in read_metrics(self.folder) if line["epoch"] <= self.completed]
         else:
             self.metrics = [{"epoch": 0} | self.all_evaluate()]
-            self.log()
+            self.log(self.metrics[0])
         self.write_metrics()
         if self.completed:
             self.lap = Stopwatch()
-            if self.all_evaluate_if_due():  # what was stopped in it
-                self.log()
+            self.all_evaluate_if_due()  # what was stopped in it
         begun, before = time.monotonic(), self.completed
         for epoch in range(self.completed, self.config.epochs):
             self.lap, self.rounding, self.drift = Stopwatch(), None, None
             yield epoch
             self.all_evaluate_if_due()
-            self.log()
             an_epoch = (time.monotonic() - begun) / (self.completed - before)
             self.tell(describe_epoch(self.metrics[-1], self.config.epochs, an_epoch * (self.config.epochs - self.completed)))
 
@@ -123,10 +121,10 @@ class Run:
         if not self.config.quiet:
             say(news)
 
-    def log(self) -> None:
-        """The newest line of the record, for whoever watches the run."""
+    def log(self, line: dict) -> None:
+        """What is new in a line of the record, for whoever watches the run."""
         if self.watch:
-            self.watch.log(self.metrics[-1])
+            self.watch.log(line)
 
     @contextmanager
     def updating(self, mine: Trajectories | None = None) -> Iterator[None]:
@@ -203,23 +201,25 @@ class Run:
         self.write_metrics()
         if self.completed % config.save_every == 0 or self.is_late() or self.completed == config.epochs:
             self.save()
+        self.log(self.metrics[-1])  # here, where no signal comes between
 
     def is_late(self) -> bool:
         return 0 < 60 * self.config.save_minutes <= time.monotonic() - self.saved_at
 
-    def all_evaluate_if_due(self) -> bool:
+    def all_evaluate_if_due(self) -> None:
         """The end of an epoch: evaluation where it is due and not done, after the checkpoint, so that no stop costs both."""
         line, last = self.metrics[-1], self.completed == self.config.epochs
         due = line["eval_reward"] is None and self.eval_prompts and (self.completed % self.config.eval_every == 0 or last)
         if due:
-            line |= self.all_evaluate()
+            found = self.all_evaluate()
+            line |= found
             self.lap("evaluate")
             self.write_metrics()
+            self.log({"epoch": self.completed, **found, "seconds": {"evaluate": self.lap.seconds["evaluate"]}})
             if RANK == 0:
                 plots.reward_curve(self.metrics, self.folder / "reward.png")
             if self.is_late():
                 self.save()
-        return bool(due)
 
     def write_metrics(self) -> None:
         """metrics.jsonl, written whole so that a crash leaves the old or the new one."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -26,18 +27,18 @@ class Watch:
         if self.name == "none":
             return
         file = run / f"{self.name}_id"
+        known = file.read_text() if completed and file.exists() else None
         try:
             settings = dataclasses.asdict(config).items()
             settings = {key: str(value) if isinstance(value, list) else value for key, value in settings}
-            self.tracker = self.begin(settings, completed, file.read_text() if completed and file.exists() else None)
+            self.tracker = self.begin(settings, completed, known)
+            if known is None:
+                self.tracker.store_init_configuration(settings)
+            file.write_text(self.identity())
         except ImportError as error:
             raise ValueError(f"--log_to {self.name} needs a package: pip install {self.name} ({error})") from error
         except Exception as error:  # the libraries raise many kinds
             raise ValueError(f"--log_to {self.name}: {error}") from error
-        if self.name != "tensorboard":  # which has the run by its folder
-            file.write_text(self.identity())
-        if not completed:
-            self.tracker.store_init_configuration(settings)
 
     def begin(self, settings: dict, completed: int, known: str | None) -> GeneralTracker:
         """known: what the tracker calls the run."""
@@ -63,6 +64,8 @@ class Watch:
         """What the tracker calls the run, by which it goes on."""
         of_tracker = self.tracker.tracker
         match self.name:
+            case "tensorboard":
+                return "tensorboard"  # the folder beside
             case "wandb":
                 return of_tracker.id
             case "trackio":
@@ -71,24 +74,26 @@ class Watch:
                 return of_tracker.info.run_id
 
     def log(self, line: dict) -> None:
-        """A line of metrics.jsonl, and the pictures of its evaluation, which show their prompts.
+        """What is new in a line of metrics.jsonl, and of an evaluation its pictures, which show their prompts."""
+        self.attempt(lambda: self.send(line))
 
-        A tracker that fails is told of, once, and left out from then on: the run is worth more.
-        """
-        if not self.tracker:
-            return
+    def attempt(self, action: Callable[[], None]) -> None:
+        """A tracker that fails is told of, once, and left out from then on: the run is worth more."""
         try:
-            self.send(line)
+            if self.tracker:
+                action()
         except Exception as error:  # the libraries raise many kinds
             say(f"warning: --log_to {self.name} failed, and gets no more of this run: {text_of(error)}")
             self.tracker = None
 
     def send(self, line: dict) -> None:
         numbers = {key: value for key, value in line.items() if isinstance(value, int | float)}
+        for name in (name for name, value in line.items() if isinstance(value, list)):
+            numbers |= {f"{name}/{place}": value for place, value in enumerate(line[name]) if value is not None}
         numbers |= {f"seconds/{phase}": value for phase, value in line.get("seconds", {}).items()}
         self.tracker.log(numbers, line["epoch"])
         pictures = self.run / "samples" / f"epoch_{line['epoch']:06d}.png"
-        if line["eval_reward"] is not None and pictures.exists():
+        if line.get("eval_reward") is not None and pictures.exists():
             self.log_pictures(pictures, line["epoch"])
 
     def log_pictures(self, file: Path, epoch: int) -> None:
@@ -106,10 +111,12 @@ class Watch:
 
     def finish(self) -> None:
         """Sends what is left."""
-        if self.tracker:
-            with redirect_stdout(sys.stderr):
-                if self.name == "trackio":  # which else finishes the run once more when Python ends, and says so on stdout
-                    import trackio
+        self.attempt(self.end)
 
-                    return trackio.finish()
-                self.tracker.finish()
+    def end(self) -> None:
+        with redirect_stdout(sys.stderr):
+            if self.name == "trackio":  # which else finishes the run once more when Python ends, and says so on stdout
+                import trackio
+
+                return trackio.finish()
+            self.tracker.finish()

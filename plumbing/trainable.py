@@ -19,6 +19,7 @@ from torch import Tensor
 
 from config import Config
 from plumbing import checkpoint, modelcard
+from plumbing.errors import first_line
 from plumbing.networks import network_name, network_of
 from plumbing.pipeline import load_pipeline, save_pipeline
 from plumbing.schedules import Scheduler
@@ -137,6 +138,6 @@ def open_model(name: str, base: str, device: torch.device, **held) -> DiffusionP
         try:
             pipe.load_lora_weights(folder, weight_name=file.name, use_safetensors=True)
         except Exception as error:  # the libraries raise many kinds
-            raise ValueError(f"cannot load adapters from {folder} onto {base}: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"cannot load adapters from {folder} onto {base}: {first_line(error)}") from error
         return pipe
     return load_pipeline(str(folder) if folder.exists() else name, device, **held)

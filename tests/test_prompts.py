@@ -57,6 +57,12 @@ def test_hub_sets_from_a_folder_of_the_same_layout(tmp_path, monkeypatch):
         load_prompts("hpdv2-photo")
 
 
+def test_the_byte_order_mark_of_a_windows_editor_is_no_part_of_a_prompt(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a cat\na dog\n", encoding="utf-8-sig")
+    assert load_prompts(str(file)) == ["a cat", "a dog"]
+
+
 def test_animals():
     animals = load_prompts("animals")
     assert len(animals) == 45 and animals[0] == "A painting of a cat" and animals[-1] == "A painting of a kangaroo"

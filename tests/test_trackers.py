@@ -1,6 +1,7 @@
 """What trackers have of a run: read back from where they keep it, or from a module that stands for theirs."""
 
 import json
+import signal
 import sqlite3
 import sys
 import types
@@ -87,6 +88,28 @@ def test_a_tracker_that_fails_does_not_end_the_run(model_folder, tmp_path, monke
     told = capsys.readouterr().err
     assert told.count("warning: --log_to tensorboard failed, and gets no more of this run: ZeroDivisionError") == 1
     assert sent == [0] and len(metrics(tmp_path / "run")) == 3 and (tmp_path / "run" / "pipeline").exists()
+
+
+def test_a_tracker_that_fails_at_the_end_does_not_lose_the_result(model_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(trackers.TensorBoardTracker, "finish", lambda self: 1 / 0)
+    train.main(arguments(model_folder, tmp_path / "run", *FLAGS, "--log_to", "tensorboard", "--epochs", "1"))
+    assert "warning: --log_to tensorboard failed" in capsys.readouterr().err and (tmp_path / "run" / "pipeline").exists()
+
+
+def test_an_epoch_in_whose_updates_a_signal_came_is_logged(model_folder, tmp_path, monkeypatch):
+    flags, check = arguments(model_folder, tmp_path / "run", *FLAGS, "--log_to", "tensorboard", "--epochs", "2"), train.Run.check
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train.Run, "check", lambda *all: check(*all) or signal.raise_signal(signal.SIGTERM))
+        train.main(flags)
+    train.main(flags)
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    lines = metrics(tmp_path / "run")
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [
+        (line["epoch"], pytest.approx(line["loss"])) for line in lines[1:]
+    ]
+    assert [event.step for event in events.Scalars("eval_reward")] == [0, 2]
+    assert events.Scalars("rounding/0")[0].value == pytest.approx(lines[1]["rounding"][0])
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
