@@ -145,15 +145,15 @@ LARGE = dict(
     epochs=1000, updates_per_epoch=1, prompts_per_epoch=64, images_per_prompt=8, kl_weight=3e-6, clip_range=1e-4,
     learning_rate=7e-6, eval_prompts="pickapic-test", eval_every=50, save_every=50, keep_every=100, autocast="bf16",
 )  # fmt: skip
-# NOT IN PAPER: today's models by adapters, the large-scale rows per nat. Theirs are means over D = 16384, these over 65536:
-# the same epsilon of 1.64 nats and the same beta per nat are a quarter and four times of the numbers.
+# NOT IN PAPER: today's models by adapters, at the large-scale row's epsilon of 1.64 nats a step and its beta per nat of a
+# trajectory. There log-ratios are means over D = 16384 dimensions and 50 steps, here over 65536 and 50, and on a flow over T - 1.
 ADAPTERS = LARGE | dict(
     prompts="pickapic-train", reward=["pickscore"], lora_rank=32, learning_rate=1e-4, kl_weight=1.2e-5, clip_range=2.5e-5,
     frozen_dtype="bf16", text_encoders_on_cpu=True, gradient_checkpointing=True, latents_on_cpu=True, reward_dtype="fp16",
     sample_batch_size=4, log_prob_batch_size=4, train_batch_size=4,
 )  # fmt: skip
 FLOW = ADAPTERS | dict(resolution=512, max_sequence_length=128)  # as Flow-GRPO trains them
-SD35 = FLOW | dict(model="stabilityai/stable-diffusion-3.5-medium", num_steps=10, guidance_scale=4.5)
+SD35 = FLOW | dict(model="stabilityai/stable-diffusion-3.5-medium", num_steps=10, guidance_scale=4.5, kl_weight=2.2e-6)
 PRESETS: dict[str, dict] = {
     # Sec. 4.1 and Table 1: Table 4, first column, which is the defaults
     "small-hpsv2": dict(reward=["hpsv2"]),
@@ -185,15 +185,15 @@ PRESETS: dict[str, dict] = {
         eval_prompts="animals-bare", reward=["aesthetic"], epochs=400, updates_per_epoch=20, prompts_per_epoch=80,
         images_per_prompt=2, shared_x_T=True, kl_weight=0.1, clip_range=0.1, num_steps=20, learning_rate=3e-5, autocast="bf16",
     ),
-    # Flow-GRPO's for PickScore on Stable Diffusion 3.5, but for its noise: its s is eta = 1 of our step. The 0.01 of its code
-    # lacks the step's length, so that beta is a tenth of it.
+    # Flow-GRPO's for PickScore on Stable Diffusion 3.5; its noise a = 0.7 is eta = 0.7 / sqrt(2) of our step (docs/flows.md). The
+    # 0.01 of its code lacks the step's length, so that beta is a tenth of it. Its adapters count twice (alpha 64 at rank 32).
     "grpo": SD35 | dict(
-        method="grpo", learning_rate=3e-4, updates_per_epoch=2, prompts_per_epoch=48, images_per_prompt=24, kl_weight=0.001,
+        method="grpo", eta=0.495, learning_rate=3e-4, updates_per_epoch=2, prompts_per_epoch=48, images_per_prompt=24, kl_weight=0.001,
         clip_range=1e-4, advantage_limit=5.0, reward_statistics="batch",
     ),
     "sdxl": ADAPTERS | dict(model="stabilityai/stable-diffusion-xl-base-1.0"),
     "sd3.5-medium": SD35,
-    "flux-dev": FLOW | dict(model="black-forest-labs/FLUX.1-dev", lora_rank=64, num_steps=6, guidance_scale=3.5),
+    "flux-dev": FLOW | dict(model="black-forest-labs/FLUX.1-dev", lora_rank=64, num_steps=6, guidance_scale=3.5, kl_weight=1.2e-6),
     # Sampling in 5 steps of equal log-SNR (miniature/build.py) without guidance, so that an epoch takes seconds. log-probs are
     # means over D = 768 dimensions: the large-scale epsilon of 1e-4 at D = 16384 is 1.64 nats per step, here 2.13e-3.
     "toy": dict(

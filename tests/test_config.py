@@ -75,14 +75,14 @@ def test_presets_of_comparators_are_their_papers(preset):
     assert {name: getattr(config, name) for name in expected} == expected
 
 
-# What is no paper's but ours, by D of its latents; the published settings of Flow-GRPO's authors
+# What is no paper's but ours, by the dimensions and steps that log-ratios are means over; the published settings of Flow-GRPO's authors
 TODAYS = {
-    "sdxl": (4 * 128**2, dict(model="stabilityai/stable-diffusion-xl-base-1.0", num_steps=50, guidance_scale=5.0, lora_rank=32)),
-    "sd3.5-medium": (16 * 64**2, dict(num_steps=10, guidance_scale=4.5, resolution=512, max_sequence_length=128, lora_rank=32)),
-    "flux-dev": (16 * 64**2, dict(num_steps=6, guidance_scale=3.5, resolution=512, max_sequence_length=128, lora_rank=64)),
+    "sdxl": (4 * 128**2, 50, dict(model="stabilityai/stable-diffusion-xl-base-1.0", num_steps=50, guidance_scale=5.0, lora_rank=32)),
+    "sd3.5-medium": (16 * 64**2, 9, dict(num_steps=10, guidance_scale=4.5, resolution=512, max_sequence_length=128, lora_rank=32)),
+    "flux-dev": (16 * 64**2, 5, dict(num_steps=6, guidance_scale=3.5, resolution=512, max_sequence_length=128, lora_rank=64)),
 }
 FLOW_GRPO = dict(
-    model="stabilityai/stable-diffusion-3.5-medium", method="grpo", num_steps=10, guidance_scale=4.5, resolution=512,
+    model="stabilityai/stable-diffusion-3.5-medium", method="grpo", num_steps=10, eta=0.495, guidance_scale=4.5, resolution=512,
     max_sequence_length=128, lora_rank=32, learning_rate=3e-4, weight_decay=1e-4, max_grad_norm=1.0, clip_range=1e-4,
     updates_per_epoch=2, prompts_per_epoch=48, images_per_prompt=24, advantage_limit=5.0, reward_statistics="batch",
     reward=["pickscore"],
@@ -91,11 +91,11 @@ FLOW_GRPO = dict(
 
 @pytest.mark.parametrize("preset", TODAYS)
 def test_presets_of_todays_models_keep_the_papers_nats(preset):
-    (D, expected), config, large = TODAYS[preset], parse(["--preset", preset]), parse(["--preset", "large-pickscore"])
+    (D, S, expected), config, large = TODAYS[preset], parse(["--preset", preset]), parse(["--preset", "large-pickscore"])
     check(config, 1)
     assert {name: getattr(config, name) for name in expected} == expected and config.frozen_dtype == config.autocast == "bf16"
     assert config.clip_range * D == pytest.approx(large.clip_range * 4 * 64**2)
-    assert config.kl_weight / D == pytest.approx(large.kl_weight / (4 * 64**2))
+    assert config.kl_weight / (D * S) == pytest.approx(large.kl_weight / (4 * 64**2 * large.num_steps), rel=0.02)
 
 
 def test_the_preset_of_flow_grpo_is_its_authors():
