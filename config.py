@@ -31,6 +31,7 @@ def BatchSize(value: str) -> int:
     return int(value)
 
 
+HELD = ("resolution", "max_sequence_length", "frozen_dtype", "text_encoders_on_cpu")  # how a pipeline is, by its settings
 DTYPES = {"no": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -188,12 +189,14 @@ PRESETS: dict[str, dict] = {
     # Flow-GRPO's for PickScore on Stable Diffusion 3.5; its noise a = 0.7 is eta = 0.7 / sqrt(2) of our step (docs/flows.md). The
     # 0.01 of its code lacks the step's length, so that beta is a tenth of it. Its adapters count twice (alpha 64 at rank 32).
     "grpo": SD35 | dict(
-        method="grpo", eta=0.495, learning_rate=3e-4, updates_per_epoch=2, prompts_per_epoch=48, images_per_prompt=24, kl_weight=0.001,
-        clip_range=1e-4, advantage_limit=5.0, reward_statistics="batch",
+        method="grpo", eta=0.495, learning_rate=3e-4, updates_per_epoch=2, prompts_per_epoch=48, images_per_prompt=24,
+        kl_weight=0.001, clip_range=1e-4, advantage_limit=5.0, reward_statistics="batch",
     ),
     "sdxl": ADAPTERS | dict(model="stabilityai/stable-diffusion-xl-base-1.0"),
     "sd3.5-medium": SD35,
-    "flux-dev": FLOW | dict(model="black-forest-labs/FLUX.1-dev", lora_rank=64, num_steps=6, guidance_scale=3.5, kl_weight=1.2e-6),
+    "flux-dev": FLOW | dict(
+        model="black-forest-labs/FLUX.1-dev", lora_rank=64, num_steps=6, guidance_scale=3.5, kl_weight=1.2e-6,
+    ),
     # Sampling in 5 steps of equal log-SNR (miniature/build.py) without guidance, so that an epoch takes seconds. log-probs are
     # means over D = 768 dimensions: the large-scale epsilon of 1e-4 at D = 16384 is 1.64 nats per step, here 2.13e-3.
     "toy": dict(
@@ -270,7 +273,7 @@ LASRO_PRESETS: dict[str, dict] = {
 MAY_CHANGE_ON_RESUME = {
     "resume", "output_dir", "prompts_dir", "reward_weights", "epochs", "eval_every", "save_every", "save_minutes", "keep_every",
     "log_to", "sample_batch_size", "log_prob_batch_size", "train_batch_size", "compile", "gradient_checkpointing",
-    "latents_on_cpu", "reference_on_cpu", "push_to_hub", "quiet",
+    "latents_on_cpu", "reference_on_cpu", "text_encoders_on_cpu", "push_to_hub", "quiet",
 }  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from config import check_kinds, setting
+from config import HELD, check_kinds, setting
 from plumbing import checkpoint, processes, report
 from plumbing.errors import one_line_errors
 from plumbing.flags import Parser, check_no_code, names_given
@@ -56,6 +56,10 @@ class EvaluationConfig:
     resolution: int = setting(0, "Height and width of pictures; 0 is the model's. With --runs its own, unless given.")
     max_sequence_length: int = setting(256, "Tokens of T5, if the model has one; with --runs its own, unless given.")
     autocast: Literal["no", "bf16"] = setting("no", "Precision of the UNet's passes; with --runs its own, unless given.")
+    frozen_dtype: Literal["fp32", "bf16"] = setting(
+        "fp32", "Of text encoders and, unless --runs trained every weight, of the network; with --runs its own, unless given."
+    )
+    text_encoders_on_cpu: bool = setting(False, "Keep text encoders in CPU memory while nothing is encoded; likewise.")
     tf32: bool = setting(False, "TF32 in fp32 matrix products and convolutions; with --runs its own, unless given.")
     seed: int = setting(0, "Of the noise, and of what SET:500 draws.")
     batch_size: int = setting(64, "Pictures at a time; does not change the result by more than rounding.")
@@ -74,10 +78,13 @@ PROTOCOLS = {
     ),
 }
 OF_THE_RUN = (  # unless given
-    "num_steps", "guidance_scale", "eta", "resolution", "max_sequence_length", "autocast", "tf32", "prompts_dir",
-    "reward_weights",
+    "num_steps", "guidance_scale", "eta", "resolution", "max_sequence_length", "autocast", "frozen_dtype", "text_encoders_on_cpu",
+    "tf32", "prompts_dir", "reward_weights",
 )  # fmt: skip
-MAY_CHANGE = {"batch_size", "prompts_dir", "reward_weights", "pictures", "models", "prompts", "runs", "checkpoints", "output_dir"}
+MAY_CHANGE = {
+    "batch_size", "prompts_dir", "reward_weights", "text_encoders_on_cpu", "pictures", "models", "prompts", "runs", "checkpoints",
+    "output_dir",
+}  # fmt: skip
 
 
 def parse(argv: list[str]) -> dict:
@@ -122,6 +129,8 @@ def complete(given: dict) -> tuple[EvaluationConfig, list[Model]]:
             raise ValueError(f"--{name} is missing (or give --runs)")
     if any("TRAINED" in name for name in config.prompts):
         raise ValueError(f"--protocol {config.protocol} needs --runs, whose prompts are part of it, or --prompts")
+    if config.frozen_dtype != "fp32" and config.autocast == "no" and not trains_all(models):
+        raise ValueError(f"frozen_dtype={config.frozen_dtype} needs autocast={config.frozen_dtype}")
     for name in ("images_per_prompt", "batch_size", "pictures"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
@@ -129,6 +138,11 @@ def complete(given: dict) -> tuple[EvaluationConfig, list[Model]]:
     if repeated:
         raise ValueError(f"two models are called {repeated[0]!r}: give each a name of its own with --models name=...")
     return config, models
+
+
+def trains_all(models: list[Model]) -> bool:
+    """Whether a run among them has trained every weight, so that networks are held as it held its own."""
+    return any(model.run and not model.run["lora_rank"] for model in models)
 
 
 def load_set(name: str, config: EvaluationConfig) -> list[str]:
@@ -266,7 +280,7 @@ def evaluate(rewards: list[str] | dict[str, Reward] = (), prompts: list[str] | d
     fixed = {name: value for name, value in dataclasses.asdict(config).items() if name not in MAY_CHANGE}
     processes.all_wait_for_first(lambda: claim(results, fixed, models))
     processes.all_check_shared(results.output)
-    held = {"resolution": config.resolution, "max_sequence_length": config.max_sequence_length}
+    held = {name: getattr(config, name) for name in HELD} | {"trains_all": trains_all(models)}
     base = functools.cache(lambda: open_model(models[0].folder, models[0].folder, device, **held))
     for model in models:
         opened = functools.cache(lambda model=model: open_model(model.folder, models[0].folder, device, **held))

@@ -12,6 +12,8 @@ pipeline/, which opens with plain StableDiffusionPipeline.from_pretrained.
 """
 
 import dataclasses
+import json
+import zlib
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from diffusers import DiffusionPipeline
 import comparators
 from comparators import Comparator
 from comparators.epoch import Epoch, Update
-from config import DTYPES, PRESETS, Common, Config, check
+from config import DTYPES, HELD, PRESETS, Common, Config, check
 from plumbing import processes
 from plumbing.batches import fit_batches
 from plumbing.describe import describe
@@ -114,7 +116,7 @@ def train(
     own = {"reward": reward, "prompts": prompts, "eval_prompts": eval_prompts}
     config = go_on(with_names(config, **own))
     check(config, WORLD_SIZE)
-    held = {name: getattr(config, name) for name in ("resolution", "max_sequence_length", "frozen_dtype", "text_encoders_on_cpu")}
+    held = {name: getattr(config, name) for name in HELD}
     device = processes.start(config.tf32, config.deterministic)
     prompts, eval_prompts, reward, pipe = load(config, device, **own, trains_all=not config.lora_rank, **held)
     policy = pipeline_policy(
@@ -141,11 +143,18 @@ def train(
 def with_names(
     config: Common, reward: Reward | None = None, prompts: list[str] | None = None, eval_prompts: list[str] | None = None
 ) -> Common:
-    """The settings with names, for the record, of the user's own reward and prompts, where there are any. ValueError for none."""
+    """The settings with names, for the record, of the user's own reward and prompts, where there are any. ValueError for none.
+
+    Other prompts have another name; a reward is known by its function's.
+    """
     if prompts is not None and not prompts:
         raise ValueError("prompts is an empty list: give at least one, or leave it out")
     own = {"prompts": prompts, "eval_prompts": eval_prompts}
-    names = {name: f"{len(some)} of the user's own" if some else "" for name, some in own.items() if some is not None}
+    names = {
+        name: f"{len(some)} of the user's own, {zlib.crc32(json.dumps(some).encode()):08x}" if some else ""
+        for name, some in own.items()
+        if some is not None
+    }
     if reward is not None:
         names["reward"] = [getattr(reward, "__name__", type(reward).__name__)]
     return dataclasses.replace(config, **names)

@@ -22,6 +22,7 @@ from plumbing import checkpoint, modelcard
 from plumbing.errors import first_line
 from plumbing.networks import network_name, network_of
 from plumbing.pipeline import load_pipeline, save_pipeline
+from plumbing.record import read_run
 from plumbing.schedules import Scheduler
 from sampler import Condition, Policy, gaussian
 
@@ -121,7 +122,9 @@ def open_model(name: str, base: str, device: torch.device, **held) -> DiffusionP
     """
     folder = Path(name)
     if (folder / "metrics.jsonl").exists():  # a run: its result, or as far as it is
-        folder = folder / "pipeline" if (folder / "pipeline").exists() else checkpoint.read_state(folder)["folder"]
+        adapters = read_run(folder)["lora_rank"] and checkpoint.all_checkpoints(folder)  # which merging into bf16 rounds
+        result = folder / "pipeline"
+        folder = result if result.exists() and not adapters else checkpoint.read_state(folder)["folder"]
     if (folder / "state.json").exists():
         settings = checkpoint.read_folder(folder)["config"]
         pipe = load_pipeline(settings["model"], device, **held)

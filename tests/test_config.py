@@ -75,11 +75,11 @@ def test_presets_of_comparators_are_their_papers(preset):
     assert {name: getattr(config, name) for name in expected} == expected
 
 
-# What is no paper's but ours, by the dimensions and steps that log-ratios are means over; the published settings of Flow-GRPO's authors
+# What is no paper's but ours, by the dimensions and steps that log-ratios are means over; what Flow-GRPO's authors published
 TODAYS = {
-    "sdxl": (4 * 128**2, 50, dict(model="stabilityai/stable-diffusion-xl-base-1.0", num_steps=50, guidance_scale=5.0, lora_rank=32)),
-    "sd3.5-medium": (16 * 64**2, 9, dict(num_steps=10, guidance_scale=4.5, resolution=512, max_sequence_length=128, lora_rank=32)),
-    "flux-dev": (16 * 64**2, 5, dict(num_steps=6, guidance_scale=3.5, resolution=512, max_sequence_length=128, lora_rank=64)),
+    "sdxl": (4 * 128**2, 50, dict(num_steps=50, guidance_scale=5.0, resolution=0, lora_rank=32)),
+    "sd3.5-medium": (16 * 64**2, 9, dict(num_steps=10, guidance_scale=4.5, resolution=512, lora_rank=32)),
+    "flux-dev": (16 * 64**2, 5, dict(num_steps=6, guidance_scale=3.5, resolution=512, lora_rank=64)),
 }
 FLOW_GRPO = dict(
     model="stabilityai/stable-diffusion-3.5-medium", method="grpo", num_steps=10, eta=0.495, guidance_scale=4.5, resolution=512,

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
 
 import evaluate
 import train
@@ -16,7 +17,7 @@ from plumbing.flags import parse
 from plumbing.networks import network_name, network_of
 from plumbing.pipeline import decode_latents, encode_prompts, load_pipeline, pipeline_policy
 from plumbing.schedules import ddim_scheduler, noise_schedule, scheduler_at
-from plumbing.trainable import make_trainable, trained_parameters
+from plumbing.trainable import make_trainable, open_model, trained_parameters
 from sampler import backward_through_table, gaussian, gaussian_log_prob, sample_trajectories
 
 CPU = torch.device("cpu")
@@ -144,6 +145,9 @@ def test_runs_resume_and_results_open_in_plain_diffusers(folders, name, more, tm
     changed = [key for key in old if not torch.equal(old[key].bfloat16(), new[key].bfloat16())]
     assert changed and (not more or all("attn" in key for key in changed))
     if more:
+        opened = open_model(str(tmp_path / "whole"), "", CPU, frozen_dtype="bf16")  # to evaluate: not rounded by merging
+        kept = load_file(tmp_path / "whole" / "checkpoints" / "epoch_000002" / "weights.safetensors")
+        assert all(torch.equal(tensor, network_of(opened).state_dict()[key]) for key, tensor in kept.items())
         base.load_lora_weights(tmp_path / "whole" / "lora")
         base.scheduler = result.scheduler
         latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -174,8 +178,11 @@ def test_adapters_are_on_the_attention_of_pictures_and_texts(folders):
     assert {".to_q", ".to_k", ".to_v", ".to_out.0", ".add_q_proj", ".add_k_proj", ".add_v_proj", ".to_add_out"} <= layers
 
 
-def test_evaluation_of_a_flow(folders, tmp_path, capsys):
-    run(folders, "flux", tmp_path / "run")
+@pytest.mark.parametrize("held", ["", ADAPTERS])
+def test_evaluation_of_a_flow(held, folders, tmp_path, capsys):
+    run(folders, "flux", tmp_path / "run", *held.split())
+    config, _ = evaluate.complete({"runs": [str(tmp_path / "run")]})
+    assert (config.frozen_dtype, config.text_encoders_on_cpu) == (("bf16", True) if held else ("fp32", False))
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
     prompts = ["--prompts", str(tmp_path / "prompts.txt"), "--images_per_prompt", "2", "--predicted", "1"]
     for more in ([], ["--eta", "0", "--output_dir", str(tmp_path / "ode")]):

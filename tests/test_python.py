@@ -35,7 +35,7 @@ def test_the_page_runs(monkeypatch, tmp_path, capsys):
         json.loads((tmp_path / "runs" / "redder" / "config.json").read_text()),
         metrics(tmp_path / "runs" / "redder"),
     )
-    assert settings["reward"] == ["redness"] and settings["prompts"] == "4 of the user's own"
+    assert settings["reward"] == ["redness"] and settings["prompts"].startswith("4 of the user's own, ")
     assert record[10]["reward_mean"] > record[1]["reward_mean"]
     lines = [line for line in told.err.splitlines() if line.startswith("epoch ")]
     assert len(lines) == 10 and all("epoch" not in line for line in told.out.splitlines())
@@ -44,11 +44,13 @@ def test_the_page_runs(monkeypatch, tmp_path, capsys):
 
 
 def test_a_run_is_quiet_goes_on_and_works_in_a_thread(model_folder, tmp_path, capsys):
-    def run(epochs):
+    def run(epochs, prompts=("a cat", "a dog")):
         settings = SMALL | dict(epochs=epochs, model=str(model_folder), output_dir=str(tmp_path), quiet=True)
-        train(preset("toy", **settings), reward=redness, prompts=["a cat", "a dog"], eval_prompts=[])
+        train(preset("toy", **settings), reward=redness, prompts=list(prompts), eval_prompts=[])
 
     run(1)
+    with pytest.raises(ValueError, match=r"already holds a run, .*: prompts=2 of the user's own, .* and it ran with 2 of"):
+        run(2, ["a cat", "a wolf"])
     thread = threading.Thread(target=run, args=(2,))
     thread.start()
     thread.join()
