@@ -23,7 +23,7 @@ STEP_REDUCTIONS = {"mean": torch.mean, "sum": torch.sum}
 def log_ratio(log_probs: Tensor, log_probs_ref: Tensor, step_reduction: str = "mean") -> Tensor:
     """rhat = log pi_theta(xbar|c) / pi_ref(xbar|c), (N, B, S) -> (N, B)  (Eq. 10).
 
-    Eq. 10 is the sum over steps; the paper's code (Appendix G) takes the mean, which multiplies the effective beta by T.
+    Eq. 10 is the sum over steps; the paper's code (Appendix G) takes the mean, which divides the effective beta by T.
     """
     if step_reduction not in STEP_REDUCTIONS:
         raise ValueError(f"step_reduction must be one of {', '.join(STEP_REDUCTIONS)}, not {step_reduction!r}")
@@ -91,7 +91,7 @@ def prdp_loss(
     kl_weight: beta. clip_range: eps, in the unit of the log-probs; it bounds log pi_theta/pi_old of every single step.
     """
     clipped_log_probs = clip_around(log_probs, log_probs_old, clip_range)  # Eq. 20: the reference cancels on both sides
-    rhat = log_ratio(log_probs, log_probs_ref, step_reduction)  # Eq. 19, summed
+    rhat = log_ratio(log_probs, log_probs_ref, step_reduction)  # Eq. 19, over all steps
     rhat_clip = log_ratio(clipped_log_probs, log_probs_ref, step_reduction)  # Eq. 21
     errors = prediction_errors(rhat, rewards, kl_weight)  # Eq. 14
     errors_clip = prediction_errors(rhat_clip, rewards, kl_weight)  # Eq. 17

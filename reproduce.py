@@ -28,7 +28,7 @@ from plumbing.flags import OneLineParser, go_on, parse
 from plumbing.jobs import Job, file_name, work_off
 from plumbing.processes import answer, say
 from plumbing.prompts import load_prompts
-from plumbing.provenance import provenance
+from plumbing.provenance import provenance, write_result
 from plumbing.record import read_metrics, read_run
 from plumbing.scores import Results
 
@@ -201,7 +201,7 @@ def learning_rates(pairs: list[tuple[str, str]], options) -> dict[tuple[str, str
         }
         for (m, s), by_rate in rewards.items()
     ]
-    write(file, {"seed": SEARCH_SEED, "results": record}, options)
+    write_result(file, "reproduce.py", options.argv, {"seed": SEARCH_SEED, "results": record})
     return chosen
 
 
@@ -231,11 +231,6 @@ def measurement(name: str, target: Target, options) -> Job:
     runs = [f"{variant}={run_folder(variant, seed, options)}" for variant in target.variants for seed in options.seeds]
     output = ["--output", str(options.results / f"{name}.json")]
     return Job(name, [sys.executable, "-m", f"benchmarks.{target.script}", *output, *(["--runs", *runs] if runs else [])])
-
-
-def write(path: Path, result: dict, options) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(provenance("reproduce.py", options.argv) | result, indent=1) + "\n")
 
 
 def of_run(folder: Path, scale: str) -> dict:
@@ -320,7 +315,7 @@ def reproduce(names: list[str], options) -> None:
     for name, target in targets.items():
         path = options.results / f"{name}.json"
         if not target.script:
-            write(path, numbers(target, options.seeds, chosen, options), options)
+            write_result(path, "reproduce.py", options.argv, numbers(target, options.seeds, chosen, options))
         target.draw(target.panels, json.loads(path.read_text()), path.with_suffix(".png"))
         if target.pictures:
             draw_pictures(target, options.results / f"{name}-pictures.png", options)

@@ -8,7 +8,7 @@
 From Python the same is train(preset("toy", epochs=10)), also with a reward and prompts of your own (docs/python.md).
 
 A run folder holds config.json, metrics.jsonl (docs/metrics.md), reward.png, samples/, checkpoints/ and, at the end,
-pipeline/, which opens with plain StableDiffusionPipeline.from_pretrained.
+pipeline/, which opens with plain DiffusionPipeline.from_pretrained.
 """
 
 import dataclasses
@@ -70,7 +70,7 @@ def algorithm_1(config: Config, run: Run, pipe, policy: Policy, reference: Refer
         # NOT IN PAPER: for PRDP's K > 1 theta_old's table is made again in the updates' batches; rounding must be no log-ratio.
         again = config.offline or (comparator is None and K > 1)
         log_probs_old = table(policy) if again else share.all_gather(lambda: mine.log_probs).view(N, B, S)
-        log_probs_ref = log_probs_old  # in the first epoch theta is ref: main() has started it there                      # 1
+        log_probs_ref = log_probs_old  # in the first epoch theta is ref: train() has started it there                     # 1
         if epoch > 0:
             with reference(policy) as pi_ref:
                 log_probs_ref = table(pi_ref, comparators.asked_of_reference(config, comparator, (N, B, S), epoch))

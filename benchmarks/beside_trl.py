@@ -32,7 +32,7 @@ from benchmarks import rehearsal
 from plumbing import checkpoint
 from plumbing.errors import last_words, one_line_errors
 from plumbing.jobs import file_name
-from plumbing.provenance import provenance
+from plumbing.provenance import write_result
 from plumbing.record import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -209,7 +209,7 @@ def main(argv: list[str]) -> None:
         options.folder.mkdir(parents=True, exist_ok=True)
         python = environment(options.folder / "environment")
         result = (time_all if options.what == "time" else learn_all)(options, python)
-        options.output.write_text(json.dumps(provenance("-m benchmarks.beside_trl", argv) | result, indent=1) + "\n")
+        write_result(options.output, "-m benchmarks.beside_trl", argv, result)
     if options.what == "time":
         print("| | seconds | to TRL | 90 % interval | owed in calls |\n|---|---|---|---|---|")
         for name, row in result["results"].items():

@@ -23,7 +23,7 @@ from miniature import world
 from plumbing import plots
 from plumbing.errors import one_line_errors
 from plumbing.pipeline import decode_latents, load_pipeline, pipeline_policy, sample_images
-from plumbing.provenance import provenance
+from plumbing.provenance import write_result
 from sampler import EVALUATION
 
 SETS = {"one object": world.held_out_set(False), "two objects": world.held_out_set(True)}
@@ -106,15 +106,14 @@ def main(argv: list[str]) -> None:
         pipe = load_pipeline(arguments.model, torch.device("cpu"), max_sequence_length=0)  # the miniatures have no T5
         found = figures(pipe, tuple(arguments.guidance_scale), tuple(arguments.num_steps))
         how = {"threads": torch.get_num_threads(), "instructions": torch.backends.cpu.get_cpu_capability()}
-        text = json.dumps(provenance("-m benchmarks.card", argv) | how | {"figures": found}, indent=1) + "\n"
         if arguments.pictures:
             shown = rows(load_pipeline("toy", torch.device("cpu")), "toy", 2.0, (10,))
             shown |= rows(pipe, arguments.model, arguments.guidance_scale[0], tuple(arguments.num_steps))
             plots.grid(shown, SETS["two objects"][:8], arguments.pictures, across=8)
         if arguments.output:
-            arguments.output.write_text(text)
+            write_result(arguments.output, "-m benchmarks.card", argv, how | {"figures": found})
         else:
-            print(text)
+            print(json.dumps(how | {"figures": found}, indent=1))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ at any moment. All processes of a run die at once, as with their machine. What a
 it leaves: an unfinished checkpoint, or an epoch that is saved and recorded and whose evaluation, which is due, is missing.
 """
 
-import json
 import os
 import random
 import shutil
@@ -24,7 +23,7 @@ from plumbing import checkpoint
 from plumbing.errors import last_words, one_line_errors
 from plumbing.flags import OneLineParser
 from plumbing.jobs import file_name
-from plumbing.provenance import provenance
+from plumbing.provenance import write_result
 from plumbing.record import read_metrics
 
 COMMON = "--prompts toy-small --eval_prompts toy-small --prompts_per_epoch 2 --epochs 6 --eval_every 1 --save_every 1"
@@ -150,8 +149,7 @@ def main(argv: list[str]) -> None:
         shutil.rmtree(options.folder, ignore_errors=True)
         counts = campaign(options.kills, options.folder, options.seed)
         if options.output:
-            found = provenance("-m benchmarks.faults", argv) | {"results": counts}
-            options.output.write_text(json.dumps(found, indent=1) + "\n")
+            write_result(options.output, "-m benchmarks.faults", argv, {"results": counts})
     print("| | kills | in a save | in an evaluation | elsewhere | runs finished | equal to the uninterrupted |\n|" + "---|" * 7)
     for scene, count in counts.items():
         print(f"| {scene} | {' | '.join(map(str, count.values()))} |")

@@ -8,7 +8,6 @@ for the miniature are 1, 0.9, ..., 0.1, 0. Exact noise is that of a distribution
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,7 +24,7 @@ from plumbing import plots
 from plumbing.errors import one_line_errors
 from plumbing.pipeline import decode_latents, encode_prompts, load_pipeline, pipeline_policy
 from plumbing.processes import answer
-from plumbing.provenance import provenance
+from plumbing.provenance import write_result
 from plumbing.schedules import noise_schedule, scheduler_at
 from sampler import EVALUATION, Schedule, Weights, ddim, sample_trajectories
 
@@ -92,8 +91,8 @@ def main(argv: list[str]) -> None:
                 answer(f"{levels}: {name}: in latents {sum(noise) / len(noise):.3f}, alignment {sum(alignment) / len(noise):.3f}")
         options.output.parent.mkdir(parents=True, exist_ok=True)
         plots.grid(shown["Stable Diffusion 3's levels"], prompts[:8], options.output.with_name("samplers-pictures.png"), across=8)
-        result = provenance("-m benchmarks.flow_samplers", argv) | {"T": T, "guidance_scale": GUIDANCE, "results": results}
-        options.output.write_text(json.dumps(result, indent=1) + "\n")
+        result = {"T": T, "guidance_scale": GUIDANCE, "results": results}
+        write_result(options.output, "-m benchmarks.flow_samplers", argv, result)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from plumbing.errors import last_words, one_line_errors
 from plumbing.flags import parse
 from plumbing.jobs import file_name
 from plumbing.pipeline import encode_prompts, load_pipeline, pipeline_policy
-from plumbing.provenance import provenance
+from plumbing.provenance import write_result
 from plumbing.record import read_metrics
 from sampler import sample_trajectories
 
@@ -208,8 +208,7 @@ def main(argv: list[str]) -> None:
                     if failure := make(made, options.shape, ["hpsv2"])["failure"]:
                         raise ValueError(f"no models were made: {failure}")
                     (options.folder / "made").touch()
-                result = provenance("-m benchmarks.gpu", argv) | {"part": name} | run()
-                file.write_text(json.dumps(result, indent=1) + "\n")
+                write_result(file, "-m benchmarks.gpu", argv, {"part": name} | run())
             result = json.loads(file.read_text())
             print(f"{name}: {summary(result)}", flush=True)
 

@@ -9,7 +9,6 @@ The cosine of the gradients of two epochs is what a learning rate can build on: 
 import argparse
 import copy
 import functools
-import json
 import math
 import sys
 from pathlib import Path
@@ -27,7 +26,7 @@ from plumbing.networks import pooled
 from plumbing.pipeline import encode_prompts, load_pipeline, pipeline_policy, score
 from plumbing.processes import Share, answer
 from plumbing.prompts import draw_prompts, load_prompts
-from plumbing.provenance import provenance
+from plumbing.provenance import write_result
 from plumbing.trainable import make_trainable, trained_parameters
 from rdp_loss import prdp_loss
 from rewards import load_rewards
@@ -140,9 +139,8 @@ def main(argv: list[str]) -> None:
                 # All variants draw the same prompts from the same noise, so their difference is known better than each.
                 rows[name]["above_prdp"] = row["cosine"] - rows["PRDP"]["cosine"]
                 rows[name]["above_prdp_standard_error"] = jackknife(left_out[name] - left_out["PRDP"])
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        result = provenance("-m benchmarks.gradient_variance", argv) | {"epochs": arguments.epochs, "flags": ALL, "results": rows}
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+        result = {"epochs": arguments.epochs, "flags": ALL, "results": rows}
+        write_result(arguments.output, "-m benchmarks.gradient_variance", argv, result)
         for name, row in rows.items():
             cosine = f"{row['cosine']:+.4f} ± {row['standard_error']:.4f}"
             above = f"{row['above_prdp']:+.4f} ± {row['above_prdp_standard_error']:.4f}"

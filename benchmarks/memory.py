@@ -15,7 +15,6 @@ checkpointing computes again do not count.
 
 import argparse
 import dataclasses
-import json
 import math
 import sys
 import weakref
@@ -38,7 +37,7 @@ from plumbing.flags import parse
 from plumbing.image_reward import ImageReward
 from plumbing.networks import Embeddings, network_name, network_of
 from plumbing.pipeline import decode_latents, latent_size, network_policy, text_encoders
-from plumbing.provenance import provenance
+from plumbing.provenance import write_result
 from plumbing.schedules import scheduler_at
 from plumbing.trainable import add_adapters, trained_parameters
 from sampler import gaussian, gaussian_log_prob
@@ -150,8 +149,7 @@ def tell(script: str, argv: list[str], output: str, rows: list[dict], head: list
     """Prints a table of what was derived, and writes the rows to a JSON file, if one is wanted."""
     if output:
         how = "derived from tensors without content, not measured"
-        result = provenance(f"-m benchmarks.{script}", argv) | {"how": how, "unit": "GiB", "results": rows}
-        Path(output).write_text(json.dumps(result, indent=1) + "\n")
+        write_result(Path(output), f"-m benchmarks.{script}", argv, {"how": how, "unit": "GiB", "results": rows})
     print(f"| GiB, derived | {' | '.join(head)} |")
     print("|---" * (1 + len(head)) + "|")
     for line in cells:

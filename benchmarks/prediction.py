@@ -22,7 +22,7 @@ from plumbing import checkpoint
 from plumbing.errors import one_line_errors
 from plumbing.pipeline import encode_prompts, load_pipeline, pipeline_policy, score
 from plumbing.prompts import draw_prompts, load_prompts
-from plumbing.provenance import provenance
+from plumbing.provenance import write_result
 from plumbing.record import read_metrics, read_run
 from plumbing.trainable import open_model
 from rdp_loss import log_ratio, prediction_quality
@@ -173,7 +173,6 @@ def main(argv: list[str]) -> None:
             if any(":" in reward for reward in settings["reward"]):
                 raise ValueError(f"{folder}: its reward {' '.join(settings['reward'])} is code, which is not run here")
             runs.setdefault(name, {})[str(settings["seed"])] = Path(folder)
-        options.output.parent.mkdir(parents=True, exist_ok=True)
 
         every = [(name, seed) for name, seeds in runs.items() for seed in seeds]
         measured = {(name, seed): row for name, seeds in before["runs"].items() for seed, row in seeds.items()}
@@ -181,8 +180,7 @@ def main(argv: list[str]) -> None:
 
         def write(ceilings: dict) -> None:
             found = {name: {seed: measured[name, seed] for seed in runs[name] if (name, seed) in measured} for name in runs}
-            result = provenance("-m benchmarks.prediction", argv) | {"runs": found, "ceilings": ceilings}
-            options.output.write_text(json.dumps(result, indent=1) + "\n")
+            write_result(options.output, "-m benchmarks.prediction", argv, {"runs": found, "ceilings": ceilings})
 
         for name, seed in every:
             folder = runs[name][seed]

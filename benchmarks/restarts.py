@@ -6,7 +6,6 @@ Two processes, of one agent and of two (--nnodes=2, both on this machine), where
 """
 
 import itertools
-import json
 import os
 import shutil
 import signal
@@ -24,7 +23,7 @@ from benchmarks.faults import kill_all, result
 from plumbing import checkpoint
 from plumbing.errors import last_words, one_line_errors
 from plumbing.flags import OneLineParser
-from plumbing.provenance import provenance
+from plumbing.provenance import write_result
 
 RUN = "train.py --preset toy --prompts toy-small --eval_prompts= --epochs 12 --prompts_per_epoch 2 --images_per_prompt 4"
 SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGSTOP": signal.SIGSTOP}
@@ -114,9 +113,7 @@ def main(argv: list[str]) -> None:
             run = folder / str(number)
             cases.append(hit(agents, name, rank, run) | {"equal": result(run) == result(folder / "alone")})
         if options.output:
-            options.output.write_text(
-                json.dumps(provenance("-m benchmarks.restarts", argv) | {"results": cases}, indent=1) + "\n"
-            )
+            write_result(options.output, "-m benchmarks.restarts", argv, {"results": cases})
         shutil.rmtree(folder)
     print("| agents | signal | rank | the other ended after | went on from | equal |\n|" + "---|" * 6)
     print("\n".join(map(row, cases)))

@@ -14,7 +14,6 @@ gradient checkpointing computes again does not count.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -32,7 +31,7 @@ from config import DTYPES, Config
 from plumbing.errors import last_words, one_line_errors
 from plumbing.flags import parse
 from plumbing.pipeline import encode_prompts, load_pipeline, pipeline_policy
-from plumbing.provenance import provenance
+from plumbing.provenance import write_result
 from plumbing.record import read_metrics
 from plumbing.schedules import noise_schedule, scheduler_at
 
@@ -137,8 +136,7 @@ def main(argv: list[str]) -> None:
             for processes, num_steps, also in cases
         ]
         if arguments.output:
-            result = provenance("-m benchmarks.speed", argv) | speed | {"results": rows}
-            Path(arguments.output).write_text(json.dumps(result, indent=1) + "\n")
+            write_result(Path(arguments.output), "-m benchmarks.speed", argv, speed | {"results": rows})
     phases = list(rows[0]["seconds"])
     print(f"{speed['flops_per_entry'] / 1e9:.3g} GFLOP per trajectory and step; a matrix product reaches "
           f"{speed['flops_per_second_of_a_matrix_product'] / 1e12:.3g} TFLOP/s")  # fmt: skip

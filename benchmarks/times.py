@@ -6,14 +6,13 @@ Both run in an empty folder, on a clone of what is committed, with the environme
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from plumbing.provenance import provenance
+from plumbing.provenance import write_result
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,7 +28,7 @@ def main(argv: list[str]) -> None:
             began = time.monotonic()
             subprocess.run(["make", "--assume-old=.venv/installed", target], cwd=folder, check=True)
             seconds[target] = round(time.monotonic() - began)
-    output.write_text(json.dumps(provenance("-m benchmarks.times", argv) | {"seconds": seconds}, indent=1) + "\n")
+    write_result(output, "-m benchmarks.times", argv, {"seconds": seconds})
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 Its text is modelcard.md.jinja. All that it says is read from the folder of the run.
 """
 
+import json
 import shutil
 from pathlib import Path
 
@@ -39,6 +40,9 @@ def write(run: Path, folder: Path) -> None:
         shown |= {name: run / "samples" / f"epoch_{line['epoch']:06d}.png" for name, line in
                   (("before", evaluated[0]), ("after", evaluated[-1]))}  # fmt: skip
     shown = {name: file for name, file in shown.items() if file.exists()}
+    opened_with, called_with = (
+        "".join(f", {name}={value}" for name, value in some.items()) for some in arguments(settings, folder)
+    )
     for name, file in shown.items():
         shutil.copy(file, folder / f"{name}.png")
     data = ModelCardData(
@@ -50,14 +54,29 @@ def write(run: Path, folder: Path) -> None:
         data, template_path=Path(__file__).with_name("modelcard.md.jinja"), method=method, paper=paper, base=base, run=run.name,
         base_licence=LICENCES.get(base), settings={name: settings[name] for name in SETTINGS if name in settings},
         rewards=rewards_of(settings), prompts=settings["prompts"], eval_prompts=settings["eval_prompts"],
-        evaluated=evaluated, shown=list(shown), kl=lines[-1].get("kl_nats"), steps=settings["num_steps"],
-        guidance=settings["guidance_scale"], place=settings.get("push_to_hub") or "FOLDER OR HUB ID OF THIS",
+        evaluated=evaluated, shown=list(shown), kl=lines[-1].get("kl_nats"), lora=settings.get("lora_rank"),
+        opened_with=opened_with, called_with=called_with, place=settings.get("push_to_hub") or "FOLDER OR HUB ID OF THIS",
     )  # fmt: skip
     card.save(folder / "README.md")
+
+
+def arguments(settings: dict, folder: Path) -> tuple[dict, dict]:
+    """What plain diffusers must be told to open the result as it was trained, and to draw with it: by name."""
+    index = json.loads((folder / "model_index.json").read_text())
+    absent = {name: None for name in ("text_encoder_3", "tokenizer_3") if index.get(name) == [None, None]}
+    told = {"num_inference_steps": settings["num_steps"], "guidance_scale": settings["guidance_scale"]}
+    if index["scheduler"][1] == "DDIMScheduler":
+        told["eta"] = settings["eta"]
+    if size := settings.get("resolution"):
+        told |= {"height": size, "width": size}
+    if "transformer" in index and settings["max_sequence_length"]:
+        told["max_sequence_length"] = settings["max_sequence_length"]
+    return absent, told
 
 
 def rewards_of(settings: dict) -> list[tuple[str, str, str]]:
     """Name, weight and licence of each part of the reward."""
     parts = [spec.partition("=")[::2] for spec in settings["reward"]]
     own = "of the program that trained, or the user's own"
-    return [(name, weight or "1", SOURCES[name].licence if name in SOURCES else own) for name, weight in parts]
+    of = {"clipscore": SOURCES["clip"], **SOURCES}
+    return [(name, weight or "1", of[name].licence if name in of else own) for name, weight in parts]

@@ -1,8 +1,10 @@
 """Where a committed number comes from."""
 
+import json
 import os
 import platform
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 
@@ -16,3 +18,9 @@ def provenance(script: str, argv: list[str]) -> dict:
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
         "machine": {"cpu_cores": os.cpu_count(), "processor": platform.machine(), "gpu": gpu},
     }
+
+
+def write_result(path: Path, script: str, argv: list[str], result: dict) -> None:
+    """A result with where it comes from, as JSON; the folder is made where there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(provenance(script, argv) | result, indent=1) + "\n")

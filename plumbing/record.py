@@ -19,7 +19,7 @@ def read_run(run: Path) -> dict:
         settings = json.loads((run / "config.json").read_text())
         return settings | {name: settings[name] for name in ("model", "reward", "prompts", "eval_prompts")}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{run} is no run folder of train.py: {error}") from error
+        raise ValueError(f"{run} is no run folder: {error}") from error
 
 
 def read_metrics(run: Path) -> list[dict]:

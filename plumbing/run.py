@@ -2,7 +2,7 @@
 
     RUN/config.json, metrics.jsonl (docs/metrics.md), reward.png, samples/, checkpoints/, and at the end pipeline/
 
-What train.py calls here says nothing of the method; the method's page is there.
+What train.py and lasro.py call here says nothing of the method; the method's page is there.
 """
 
 import dataclasses

@@ -2,8 +2,9 @@
 
 import dataclasses
 import math
+import re
 from contextlib import nullcontext
-from typing import ClassVar
+from pathlib import Path
 
 import pytest
 import torch
@@ -282,17 +283,10 @@ def test_the_state_of_another_method_is_refused(capsys, model_folder, tmp_path):
     assert stopped.value.code == 2 and "foreign checkpoint" in capsys.readouterr().err
 
 
-class RewardWeighted:
-    """A further method: what comparators/__init__.py says one needs."""
-
-    needs_reference = False
-    remembers: ClassVar = {}
-
-    def entries(self, N, B, S, epoch):
-        return [torch.ones(N, B, S, dtype=torch.bool)]
-
-    def updates(self, epoch):
-        yield Update(epoch.entries[0], lambda table: -(epoch.rewards.unsqueeze(-1) * table).mean())
+PAGE = (Path(__file__).parents[1] / "docs" / "paper-in-miniature.md").read_text()
+(further,) = re.findall(r"```python\n(class .*?)```", PAGE, re.DOTALL)
+exec(further, told := {"torch": torch, "Update": Update})
+RewardWeighted = told["RewardWeighted"]  # the page's further method
 
 
 def test_a_loss_of_other_entries_than_its_own_is_noticed(model_folder, tmp_path, monkeypatch):

@@ -132,7 +132,7 @@ def test_what_the_output_holds_of_the_same_runs_is_not_measured_again(runs, tmp_
 
 
 def test_wrong_input(tmp_path, capsys):
-    for run, message in ((f"a={tmp_path}", "no run folder of train.py"), (str(tmp_path), "takes name=folder")):
+    for run, message in ((f"a={tmp_path}", "no run folder"), (str(tmp_path), "takes name=folder")):
         with pytest.raises(SystemExit) as stopped:
             prediction.main(["--output", str(tmp_path / "x.json"), "--runs", run])
         assert stopped.value.code == 2 and message in capsys.readouterr().err
