@@ -24,11 +24,13 @@ class Replay:
             setattr(self, name, [*getattr(self, name), *new][-self.size :])
 
     def draw(self, number: int, newest: int, generator: torch.Generator) -> list[int]:
-        """Places of `number` prompts: half of them among the newest ones, half among all others (OURS)."""
+        """Places of `number` prompts: half of them among the newest ones, half among all others, if there are any (OURS)."""
         older = len(self.prompts) - newest
-        places = [torch.randint(newest, (number - number // 2,), generator=generator) + older]
-        places.append(torch.randint(max(older, 1), (number // 2,), generator=generator))
-        return torch.cat(places).tolist()
+        of_older = number // 2 if older else 0
+        places = torch.randint(newest, (number - of_older,), generator=generator) + older
+        if older:
+            places = torch.cat([places, torch.randint(older, (of_older,), generator=generator)])
+        return places.tolist()
 
     def state_dict(self) -> dict:
         return {"prompts": self.prompts, "z": self.z, "rewards": self.rewards}

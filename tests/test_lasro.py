@@ -251,7 +251,8 @@ def test_replay_forgets_the_oldest_and_half_of_what_it_draws_is_new():
     assert checkpoint.size_of({}, {"replay": replay}) == checkpoint.size_of({}, {"replay": Replay(6, (3, 1))}) == 6 * 3 * 4
     replay = Replay(6, (3, 1))
     replay.push(["a", "b"], torch.zeros(2, 3, 1), torch.zeros(2, 3, 1))
-    assert set(replay.draw(8, 2, torch.Generator().manual_seed(0))) == {0, 1}  # there are no others yet
+    drawn = [n for seed in range(20) for n in replay.draw(8, 2, torch.Generator().manual_seed(seed))]
+    assert 0.35 < drawn.count(0) / len(drawn) < 0.65  # there are no others yet
 
 
 TINY = (
