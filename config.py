@@ -71,7 +71,7 @@ class Common:
     # How it is computed; none of this changes the result by more than rounding
     sample_batch_size: BatchSize = setting(16, "Trajectories sampled, decoded and scored at a time, per process; or auto.")
     train_batch_size: BatchSize = setting(8, "(trajectory, step) entries per backward pass, per process; or auto: what fits.")
-    autocast: Literal["no", "bf16"] = setting("no", "Precision of the UNet's passes; weights and log-probs stay fp32.")
+    autocast: Literal["no", "bf16"] = setting("no", "Precision of the network's passes; weights and log-probs stay fp32.")
     reward_dtype: Literal["fp32", "bf16", "fp16"] = setting("fp32", "Precision of the reward models; scores stay fp32.")
     tf32: bool = setting(False, "TF32 in fp32 matrix products and convolutions.")
     deterministic: bool = setting(
@@ -83,16 +83,19 @@ class Common:
     eval_every: int = setting(10, "Epochs between pictures and scores of --eval_prompts.")
     save_every: int = setting(10, "Epochs between checkpoints.")
     save_minutes: float = setting(
-        30.0, "Also at the end of an epoch that so many minutes after the last checkpoint ends in; 0: not."
+        30.0, "Also at the end of an epoch once so many minutes have passed since the last checkpoint; 0: not."
     )
     keep_every: int = setting(
-        0, "Of the checkpoints at multiples of this the weights stay, for evaluate.py --checkpoints; 0: none."
+        0, "Checkpoints at multiples of this keep their weights, for evaluate.py --checkpoints; 0: none do."
     )
     log_to: Literal["none", "tensorboard", "wandb", "trackio", "mlflow"] = setting(
         "none", "Tracker that gets metrics and pictures as well."
     )
     push_to_hub: str = setting("", "USER/NAME: publish the result there, with its card, by the login of `hf auth login`.")
     quiet: bool = setting(False, "Only results, warnings and errors: not what a run is made of, nor a line for every epoch.")
+
+    def __post_init__(self):
+        self.output_dir = self.output_dir or f"runs/{self.preset}"
 
 
 @dataclass
@@ -131,8 +134,8 @@ class Config(Common):
     log_prob_batch_size: BatchSize = setting(
         16, "(trajectory, step) entries of the table per forward pass, per process; or auto."
     )
-    compile: bool = setting(False, "torch.compile the UNet: minutes at the start, faster epochs.")
-    channels_last: bool = setting(False, "Memory layout of the UNet; often faster with 16-bit autocast.")
+    compile: bool = setting(False, "torch.compile the network: minutes at the start, faster epochs.")
+    channels_last: bool = setting(False, "Memory layout of the network; often faster with 16-bit autocast.")
     latents_on_cpu: bool = setting(False, "Keep the epoch's trajectories in CPU memory.")
     frozen_dtype: Literal["fp32", "bf16"] = setting(
         "fp32", "Of text encoders and, with --lora_rank and --autocast, of the network's frozen weights."
@@ -213,7 +216,7 @@ def preset(name: str, **settings) -> Config:
     """The settings of a preset of train.py, with others in place of some; ValueError for an unknown preset."""
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}: use {', '.join(PRESETS)}")
-    return Config(**{"preset": name, "output_dir": f"runs/{name}"} | PRESETS[name] | settings)
+    return Config(**{"preset": name} | PRESETS[name] | settings)
 
 
 @dataclass
@@ -226,7 +229,7 @@ class LasroConfig(Common):
     preset: str = setting("toy-turbo", "Named settings to start from.")
     model: str = setting("toy-turbo", "Pipeline of few steps: 'toy-turbo', a folder, or a hub id; where the generator starts.")
     num_steps: int = setting(2, "T, steps of the generator: 1, 2 or a few.")
-    guidance_scale: float = setting(1.0, "Of the generator; 1 for none, as Turbo models are made. LCM are told it.")
+    guidance_scale: float = setting(1.0, "Of the generator; 1 for none, as Turbo models are made. An LCM is told it.")
     sample_batch_size: int = setting(16, "Pictures sampled, decoded and scored at a time, per process.")
     train_batch_size: int = setting(16, "Pictures per backward pass, per process.")
     surrogate_learning_rate: float = setting(1e-4, "Of AdamW, for psi.")
@@ -278,7 +281,7 @@ MAY_CHANGE_ON_RESUME = {
 
 
 def check_kinds(config) -> None:
-    """ValueError naming the setting if one has none of its few values, or a batch size is none: from Python nothing is parsed."""
+    """ValueError naming a setting that has none of its few values, or is no batch size: from Python nothing is parsed."""
     for field in dataclasses.fields(config):
         value, allowed = getattr(config, field.name), get_args(field.type)
         if get_origin(field.type) is Literal and value not in allowed:
@@ -287,21 +290,39 @@ def check_kinds(config) -> None:
             raise ValueError(f"{field.name} must be at least 1, or {AUTO} for auto, not {value!r}")
 
 
+def at_least(least: int, config: Common, *names: str) -> None:
+    """ValueError naming the first of these settings that is less."""
+    for name in names:
+        if getattr(config, name) < least:
+            raise ValueError(f"{name} must be at least {least}, not {getattr(config, name)}")
+
+
+def positive(config: Common, *names: str) -> None:
+    """ValueError naming the first of these settings that is not above 0 or has no end."""
+    for name in names:
+        if not 0 < getattr(config, name) < float("inf"):
+            raise ValueError(f"{name} must be a positive number, not {getattr(config, name)}")
+
+
+def check_trajectories(config: Common, world_size: int) -> None:
+    """ValueError if there are fewer than processes."""
+    if config.prompts_per_epoch * config.images_per_prompt < world_size:
+        trajectories = f"prompts_per_epoch={config.prompts_per_epoch} x images_per_prompt={config.images_per_prompt}"
+        raise ValueError(f"{trajectories} are fewer trajectories than the {world_size} processes, each of which draws some")
+
+
 def check(config: Config, world_size: int) -> None:
     """ValueError naming the setting if the numbers cannot work together."""
     check_kinds(config)
-    whole = ("epochs", "updates_per_epoch", "prompts_per_epoch", "num_steps", "eval_every", "save_every")
-    of_methods = ("statistics_size", "statistics_min_count", "steps_per_update")
-    for name in (*whole, *of_methods):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
+    at_least(1, config, "epochs", "updates_per_epoch", "prompts_per_epoch", "num_steps", "eval_every", "save_every")
+    at_least(1, config, "statistics_size", "statistics_min_count", "steps_per_update")
+    at_least(0, config, "lora_rank", "keep_every", "save_minutes", "seed", "max_sequence_length")
     beside = config.method in ("dpok", "grpo")  # a divergence from the reference stands beside the loss, and 0 leaves it out
     if config.eta <= 0:
         raise ValueError(f"eta must be > 0, not {config.eta:g}: a deterministic step has no log-prob (1 is the paper's DDPM)")
-    positive = ("clip_range", "learning_rate", "max_grad_norm", "advantage_limit", "reward_scale")
-    for name in positive if beside and config.kl_weight == 0 else ("kl_weight", *positive):
-        if not 0 < getattr(config, name) < float("inf"):
-            raise ValueError(f"{name} must be a positive number, not {getattr(config, name)}")
+    positive(config, "clip_range", "learning_rate", "max_grad_norm", "advantage_limit", "reward_scale")
+    if config.kl_weight or not beside:
+        positive(config, "kl_weight")
     if not 0 <= config.reference_steps <= config.num_steps:
         raise ValueError(f"reference_steps must be between 0 and num_steps={config.num_steps}, not {config.reference_steps}")
     if config.reference_steps and (config.method != "prdp" or config.updates_per_epoch > 1):
@@ -327,12 +348,7 @@ def check(config: Config, world_size: int) -> None:
     if beside and config.kl_weight and config.reference_on_cpu:
         needed = "use lora_rank, which needs no second UNet"
         raise ValueError(f"reference_on_cpu: {config.method} asks the reference at every step; {needed}")
-    if config.prompts_per_epoch * config.images_per_prompt < world_size:
-        trajectories = f"prompts_per_epoch={config.prompts_per_epoch} x images_per_prompt={config.images_per_prompt}"
-        raise ValueError(f"{trajectories} are fewer trajectories than the {world_size} processes, each of which draws some")
-    for name in ("lora_rank", "keep_every", "save_minutes", "seed", "max_sequence_length"):
-        if getattr(config, name) < 0:
-            raise ValueError(f"{name} must be at least 0, not {getattr(config, name)}")
+    check_trajectories(config, world_size)
     if config.lora_rank and config.frozen_dtype != "fp32" and config.autocast == "no":
         raise ValueError(f"frozen_dtype={config.frozen_dtype} with lora_rank needs autocast={config.frozen_dtype}")
     if config.lora_rank and config.reference_on_cpu:
@@ -342,27 +358,23 @@ def check(config: Config, world_size: int) -> None:
 def check_lasro(config: LasroConfig, world_size: int) -> None:
     """ValueError naming the setting if the numbers cannot work together."""
     check_kinds(config)
-    counts = ("epochs", "prompts_per_epoch", "num_steps", "sample_batch_size", "train_batch_size", "teacher_steps")
-    counts += ("anchor_pictures", "surrogate_batch", "generator_batch", "eval_every", "save_every", "pretraining_updates")
-    for name in counts:
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
-    for name in ("learning_rate", "surrogate_learning_rate", "max_grad_norm"):
-        if not 0 < getattr(config, name) < float("inf"):
-            raise ValueError(f"{name} must be a positive number, not {getattr(config, name)}")
+    at_least(1, config, "epochs", "prompts_per_epoch", "num_steps", "sample_batch_size", "train_batch_size", "teacher_steps")
+    at_least(
+        1, config, "anchor_pictures", "surrogate_batch", "generator_batch", "eval_every", "save_every", "pretraining_updates"
+    )
+    at_least(0, config, "pretraining_epochs", "surrogate_updates", "generator_updates", "anchor_weight")
+    at_least(0, config, "lora_rank", "keep_every", "save_minutes", "seed")
+    positive(config, "learning_rate", "surrogate_learning_rate", "max_grad_norm")
     for name in ("target_decay", "normaliser_decay"):
         if not 0 <= getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(config, name)}")
-    counts = ("pretraining_epochs", "surrogate_updates", "generator_updates", "lora_rank", "keep_every", "save_minutes", "seed")
-    for name in (*counts, "anchor_weight"):
-        if getattr(config, name) < 0:
-            raise ValueError(f"{name} must be at least 0, not {getattr(config, name)}")
     if len(config.step_weights) != config.num_steps:
         raise ValueError(f"step_weights must be one for each of num_steps={config.num_steps}, not {len(config.step_weights)}")
     if config.images_per_prompt < 2:
         raise ValueError(f"images_per_prompt must be at least 2, not {config.images_per_prompt}: the surrogate learns from pairs")
     if config.replay_size < config.prompts_per_epoch:
         raise ValueError(f"replay_size must be at least prompts_per_epoch={config.prompts_per_epoch}, not {config.replay_size}")
-    for name in ("surrogate_batch", "generator_batch"):
+    for name in ("surrogate_batch", "generator_batch", "anchor_pictures"):
         if getattr(config, name) < world_size:
             raise ValueError(f"{name}={getattr(config, name)} is fewer than the {world_size} processes, which share them")
+    check_trajectories(config, world_size)

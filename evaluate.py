@@ -55,7 +55,7 @@ class EvaluationConfig:
     )
     resolution: int = setting(0, "Height and width of pictures; 0 is the model's. With --runs its own, unless given.")
     max_sequence_length: int = setting(256, "Tokens of T5, if the model has one; with --runs its own, unless given.")
-    autocast: Literal["no", "bf16"] = setting("no", "Precision of the UNet's passes; with --runs its own, unless given.")
+    autocast: Literal["no", "bf16"] = setting("no", "Precision of the network's passes; with --runs its own, unless given.")
     frozen_dtype: Literal["fp32", "bf16"] = setting(
         "fp32", "Of text encoders and, unless --runs trained every weight, of the network; with --runs its own, unless given."
     )
@@ -214,14 +214,16 @@ def all_predict(
     checkpoints, models not trained here, and those whose training reward was not evaluated. opened, base: functions that open the
     model's and the reference's pipeline.
     """
-    file = results.prediction(model.name, set_name)
     parts = parse_weighted(model.run["reward"]) if model.run else []
     number, B = min(config.predicted, len(prompts)), min(config.images_per_prompt, 8)
     known = (
         parts and model.run.get("method") == "prdp" and not model.checkpoint and all(name in config.rewards for name, _ in parts)
     )
     possible = config.eta > 0 and B > 1 and number > 0  # without noise there is no log-prob
-    if not (known and possible) or processes.all_succeed(file.exists)[0]:  # as the first process sees it
+    done = processes.all_succeed(lambda: bool(results.predicted(model.name, set_name, prompts)))[
+        0
+    ]  # as the first process sees it
+    if not (known and possible) or done:
         return
 
     def rhat_of_share() -> torch.Tensor:
@@ -242,9 +244,10 @@ def all_predict(
         done = results.read(model.name, set_name, prompts)
         rewards = [[sum(w * done[n]["scores"][name][b] for name, w in parts) for b in range(B)] for n in range(number)]
         correlation, slope = prediction_quality(rhat, torch.tensor(rewards), beta)
+        file, of = results.prediction(model.name, set_name), {"prompts": prompts[:number]}
         unfinished = file.with_suffix(".unfinished")
         values = {"correlation": correlation, "slope": slope, "predicted": (beta * rhat).tolist(), "actual": rewards}
-        unfinished.write_text(json.dumps(values))
+        unfinished.write_text(json.dumps(of | values))
         unfinished.replace(file)
 
     processes.all_wait_for_first(write)

@@ -220,7 +220,7 @@ def finetune(config: LasroConfig, run: Run, pipe, policy: Policy, critic: Guided
 
 
 def train(config: LasroConfig, **own) -> Path:
-    """What the command does, by function -> the run folder; own: as of train.train."""
+    """What the command does, by function -> the run folder; own: as in train.train."""
     config = go_on(with_names(config, **own))
     check_lasro(config, WORLD_SIZE)
     prompts, eval_prompts, reward, pipe = load(config, processes.start(config.tf32, config.deterministic), LASRO_PRESETS, **own)

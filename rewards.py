@@ -118,7 +118,7 @@ def checked(name: str, reward: Reward) -> Reward:
 
 
 def parse_weighted(specs: list[str]) -> list[tuple[str, float]]:
-    """(name, weight) of rewards given as `name` or `name=weight`; ValueError for a weight that is none."""
+    """(name, weight) of rewards given as `name` or `name=weight`; ValueError for a weight that is no number."""
     weighted = []
     for spec in specs:
         name, _, weight = spec.rpartition("=") if "=" in spec else (spec, "", "1")
@@ -135,7 +135,7 @@ def parse_weighted(specs: list[str]) -> list[tuple[str, float]]:
 def load_rewards(
     specs: list[str], weights: list[str] = (), device: torch.device = CPU, dtype: torch.dtype = torch.float32
 ) -> Reward:
-    """The weighted sum of rewards given as `name` or `name=weight`; ValueError for an unknown name or a weight that is none.
+    """The weighted sum of rewards given as `name` or `name=weight`; ValueError for an unknown name or a weight that is no number.
 
     The other arguments are load_reward's.
     """

@@ -188,7 +188,7 @@ def _table(wanted: Tensor, log_probs: list[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def log_prob_table(policy: Policy, trajectories: Trajectories, batch_size: int, entries: Tensor | None = None) -> Tensor:
-    """log pi_theta(x_{t-1} | x_t, c) of every stored step, or of `entries` (M, S) alone, without gradient -> as of _table."""
+    """log pi_theta(x_{t-1} | x_t, c) of every stored step, or of `entries` (M, S) alone, without gradient -> as in _table."""
     wanted = torch.ones(trajectories.log_probs.shape, dtype=torch.bool) if entries is None else entries
     return _table(wanted, [
         gaussian_log_prob(x_prev, *gaussian(policy, x_t, i, cond), policy.log_prob_reduction)
@@ -207,7 +207,8 @@ def backward_through_table(
     (M, S) table of divergences of single steps: kl(x_t, i, cond, mu, sigma) -> (M,) makes its entries, kl_grad is the derivative
     by it. Returns the recomputed log-probs (M, S), NaN where skipped: at unchanged weights they must equal the table's.
     """
-    used, log_probs = table_grad != 0 if kl is None else (table_grad != 0) | (kl_grad != 0), []
+    log_probs = []
+    used = table_grad != 0 if kl is None else (table_grad != 0) | (kl_grad != 0)
     weights, kl_weights = (None if grad is None else grad[used].to(policy.device) for grad in (table_grad, kl_grad))
     for which, x_t, x_prev, i, cond in _batches(policy, trajectories, used, batch_size):
         mu, sigma = gaussian(policy, x_t, i, cond)

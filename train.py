@@ -166,9 +166,9 @@ def load(
 ) -> tuple[list[str], list[str], Reward, DiffusionPipeline]:  # fmt: skip
     """Prompts, evaluation prompts, reward and pipeline, those that config names where they are not given.
 
-    held: how the pipeline is held, as of load_pipeline. ValueError saying what is missing and what would need no download.
+    held: how the pipeline is held, as in load_pipeline. ValueError saying what is missing and what would need no download.
     """
-    usual, laptop = type(config)(**presets[config.preset]).model, next(name for name in presets if name.startswith("toy"))
+    usual, laptop = type(config)(**presets.get(config.preset, {})).model, next(name for name in presets if name.startswith("toy"))
     try:
         if device.type == "cpu" and config.model == usual and not config.preset.startswith("toy"):
             needed = "for which a CUDA GPU is missing (one for every process)"

@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import CLIPModel
 
 from benchmarks import rehearsal, speed
-from config import AUTO, DTYPES, Config
+from config import AUTO, DTYPES, PRESETS, Config
 from plumbing.errors import one_line_errors
 from plumbing.flags import parse
 from plumbing.image_reward import ImageReward
@@ -240,7 +240,8 @@ def main(argv: list[str]) -> None:
         rows = []
         for name, line in recipes.items():
             config = parse(line.split())
-            shape = arguments.shape or (config.preset if config.preset in rehearsal.PIPELINES else "full")
+            of_model = {PRESETS[shape]["model"]: shape for shape in rehearsal.PIPELINES if shape in PRESETS}
+            shape = arguments.shape or of_model.get(config.model, "full")
             rows.append({"name": name, "flags": line} | derive(config, shape))
         phases = ["resident", "sample", "reward", "reference", "update"]
         cells = [[row["name"], *(f"{row[phase]:.1f}" for phase in phases), f"{row['exaflop_per_epoch']:.3g}"] for row in rows]

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from config import Config
 from plumbing import checkpoint
 from plumbing.errors import one_line_errors
-from plumbing.pipeline import encode_prompts, load_pipeline, pipeline_policy, score
+from plumbing.pipeline import encode_prompts, pipeline_policy, score
 from plumbing.prompts import draw_prompts, load_prompts
 from plumbing.provenance import write_result
 from plumbing.record import read_metrics, read_run
@@ -40,6 +40,11 @@ def policy_of(pipe, config: Config) -> Policy:
     )
 
 
+def opened(model: str, config: Config):
+    """The pipeline of a model or checkpoint, held as the run held its own, but in fp32."""
+    return open_model(model, config.model, CPU, resolution=config.resolution, max_sequence_length=config.max_sequence_length)
+
+
 def predicted_and_actual(model, base, config: Config, prompts: list[str], reward: Reward) -> tuple[Tensor, Tensor, float]:
     """rhat (Eq. 10) and reward of fresh trajectories that the model draws, both (N, B), and their mean log-ratio in nats."""
     policy, texts = policy_of(model, config), [prompt for prompt in prompts for _ in range(PICTURES)]
@@ -57,7 +62,7 @@ def measure(run: Path, config: Config) -> dict:
     These are relative to the mean of their prompt: only differences mean something. "training" is of the pictures of every epoch
     at its last update: with K = 1 fresh ones, with K > 1 those that the updates before have seen.
     """
-    reward, base = load_rewards(config.reward, config.reward_weights, CPU), load_pipeline(config.model, CPU)
+    reward, base = load_rewards(config.reward, config.reward_weights, CPU), opened(config.model, config)
     kept = [*checkpoint.kept_on_the_way(run), checkpoint.all_checkpoints(run)[-1]]
     folders = {checkpoint.epoch_of(folder): str(folder) for folder in kept}
     sets = {
@@ -67,7 +72,7 @@ def measure(run: Path, config: Config) -> dict:
     result = {name: {"correlation": [], "slope": [], "kl_nats": [], "reward": [], "variance": []} for name in sets}
     ended: dict[str, dict[str, Tensor]] = {}
     for epoch in tqdm([0, *folders], desc=run.name):
-        model = open_model(folders[epoch], config.model, CPU) if epoch else base
+        model = opened(folders[epoch], config) if epoch else base
         for name, prompts in sets.items():
             rhat, rewards, kl_nats = predicted_and_actual(model, base, config, prompts, reward)
             quality = prediction_quality(rhat, rewards, config.kl_weight)
@@ -170,6 +175,8 @@ def main(argv: list[str]) -> None:
             if not equals:
                 raise ValueError(f"--runs takes name=folder, not {spec!r}")
             settings = read_run(Path(folder))
+            if settings.get("method") != "prdp":
+                raise ValueError(f"{folder} is no run of --method prdp, which alone predicts rewards")
             if any(":" in reward for reward in settings["reward"]):
                 raise ValueError(f"{folder}: its reward {' '.join(settings['reward'])} is code, which is not run here")
             runs.setdefault(name, {})[str(settings["seed"])] = Path(folder)
@@ -194,7 +201,7 @@ def main(argv: list[str]) -> None:
                 if known and title in before["ceilings"]:
                     ceilings[title] = before["ceilings"][title]
                 elif title not in ceilings:
-                    ceilings[title] = ceiling(config, open_model(model, config.model, CPU), options.states, options.branches)
+                    ceilings[title] = ceiling(config, opened(model, config), options.states, options.branches)
             write(before["ceilings"] | ceilings)
         write(ceilings)
 

@@ -55,7 +55,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from config import DTYPES, LASRO_PRESETS
+from config import DTYPES, LASRO_PRESETS, PRESETS
 from plumbing import image_reward
 from plumbing.errors import one_line_errors
 from plumbing.prompts import ANIMALS, ON_THE_HUB
@@ -342,7 +342,7 @@ def main(argv: list[str]) -> None:
     if preset in LASRO_PRESETS:
         run = f"lasro.py --preset {preset} --teacher {arguments.folder / 'pipeline'}"
     else:
-        run = "train.py --preset multi-reward"
+        run = f"train.py --preset {preset if preset in PRESETS else 'multi-reward'}"
     print(f"python {run} --output_dir runs/rehearsal {' '.join(flags)}")
 
 

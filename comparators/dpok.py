@@ -23,7 +23,7 @@ def gaussian_kl(mu: Tensor, mu_ref: Tensor, sigma: Tensor) -> Tensor:
 
 
 def exact_kl(mu: Tensor, mu_ref: Tensor, sigma: Tensor, reduction: str) -> Tensor:
-    """gaussian_kl of each row, (M, C, H, W) -> (M,) in fp64, the mean or the sum over latent dimensions as of log-probs."""
+    """gaussian_kl of each row, (M, C, H, W) -> (M,) in fp64, the mean or the sum over latent dimensions as for log-probs."""
     return REDUCTIONS[reduction](gaussian_kl(mu, mu_ref, sigma).flatten(1).double(), 1)
 
 

@@ -245,7 +245,7 @@ def made_whole(folder: Path, seed: int) -> Iterator[Path]:
 
 
 def build(folder: Path, seed: int = 0, steps: dict[str, int] = STEPS) -> None:
-    """Trains the miniature and saves it, with made.json, which says how; as of made_whole.
+    """Trains the miniature and saves it, with made.json, which says how; as in made_whole.
 
     On another processor, or with another number of threads, the weights come out differently.
     """

@@ -47,7 +47,7 @@ def train_student(pipe: StableDiffusionPipeline, student, steps: int, pictures: 
 
 
 def distil(folder: Path, seed: int = 0, steps: int = STEPS, pictures: int = PICTURES) -> None:
-    """Distils the miniature and saves it, with made.json, which says how; as of build.made_whole."""
+    """Distils the miniature and saves it, with made.json, which says how; as in build.made_whole."""
     with build.made_whole(folder, seed) as state:
         pipe = load_pipeline("toy", torch.device("cpu"))
         student = copy.deepcopy(pipe.unet).requires_grad_(True)

@@ -58,7 +58,7 @@ def train_transformer(pipe: StableDiffusion3Pipeline, captions: build.Captions, 
 
 
 def rectify(folder: Path, seed: int = 0, steps: int = STEPS) -> None:
-    """Trains it and saves it in fp16, with made.json, which says how; as of build.made_whole."""
+    """Trains it and saves it in fp16, with made.json, which says how; as in build.made_whole."""
     with build.made_whole(folder, seed) as state:
         pipe = initial_pipeline()
         seconds = train_transformer(pipe, build.Captions(seed), steps, state)

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from config import LasroConfig
 from plumbing import checkpoint
-from plumbing.pipeline import encode_prompts, load_pipeline, network_policy, pipeline_policy
+from plumbing.pipeline import encode_prompts, latent_size, load_pipeline, network_policy, pipeline_policy
 from plumbing.processes import Share, all_wait_for_first, say
 from plumbing.prompts import draw_prompts
 from plumbing.schedules import lcm_scheduler
@@ -77,8 +77,6 @@ def teachers_pictures(
 ) -> Tensor:  # fmt: skip
     """What the teacher draws of each prompt, by this process's share of them -> latents (A, C, H, W) on the CPU, of all."""
     policy = pipeline_policy(teacher, num_steps, guidance_scale=guidance_scale, eta=1.0, autocast=autocast)
-    size = pipe.unet.config.sample_size  # SDXL-Turbo draws smaller pictures than its teacher
-    policy = dataclasses.replace(policy, latent_shape=(policy.latent_shape[0], size, size))
     share = Share([torch.ones(len(prompts), 1, 1)])
 
     def draw() -> Tensor:
@@ -94,7 +92,8 @@ def teachers_pictures(
 
 def load_anchor(config: LasroConfig, pipe: DiffusionPipeline, target: AveragedModel, prompts: list[str]) -> Anchor:
     """The anchor of a run, whose pictures are drawn once and kept in its folder; ValueError for a teacher that does not fit."""
-    teacher = load_pipeline(config.teacher, pipe.device)
+    size = latent_size(pipe) * pipe.vae_scale_factor  # SDXL-Turbo draws smaller pictures than its teacher
+    teacher = load_pipeline(config.teacher, pipe.device, resolution=size)
     for name in ("cross_attention_dim", "in_channels"):
         mine, theirs = (one.unet.config[name] for one in (pipe, teacher))
         if mine != theirs:

@@ -18,12 +18,12 @@ def describe(config: Config, policy: Policy, prompts: list[str], truncated: int,
     steps, size = len(policy.schedule.noisy), math.prod(policy.latent_shape)
     each, micro = -(-n * b // WORLD_SIZE), config.train_batch_size
     local = each * steps
+    batches = f" = {local // micro} micro-batches of {micro}" + (f" and one of {local % micro}" if local % micro else "")
     lines = [
         f"{n} of {len(prompts)} prompts x {b} images = {n * b} trajectories x {steps} steps = {n * b * steps} log-probs an epoch",
         *([f"{n} prompts x {b * (b - 1) // 2} = {n * b * (b - 1) // 2} pairs in the loss"] if config.method == "prdp" else []),
         f"{each} trajectories in each of {WORLD_SIZE} processes{' at most' if n * b % WORLD_SIZE else ''}"
-        f" = {local} log-probs each = {local // micro} micro-batches of {micro}"
-        + (f" and one of {local % micro}" if local % micro else ""),
+        f" = {local} log-probs each{batches if config.method == 'prdp' else ''}",
         f"{config.epochs} epochs x {k} updates = {config.epochs * k} updates"
         f" of {sum(parameter.numel() for parameter in trained.values()):,} parameters",
         f"{config.epochs} epochs x {n * b} = {config.epochs * n * b} reward queries",

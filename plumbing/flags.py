@@ -54,7 +54,7 @@ def parse(
         check_known(given.resume, saved, kind)
         parser.set_defaults(**saved | {"resume": given.resume, "output_dir": given.resume})
     elif given.preset in presets:
-        parser.set_defaults(preset=given.preset, output_dir=f"runs/{given.preset}", **presets[given.preset])
+        parser.set_defaults(preset=given.preset, **presets[given.preset])
     else:
         raise ValueError(f"unknown preset {given.preset!r}: use {', '.join(presets)}")
     config = parser.parse_strictly(argv)

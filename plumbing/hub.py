@@ -8,7 +8,7 @@ from plumbing.errors import first_line
 
 
 def check(name: str) -> None:
-    """ValueError if the name is none, the hub does not know who asks, or cannot be reached: not after the training."""
+    """ValueError if the name is not one, the hub does not know who asks, or cannot be reached: not after the training."""
     try:
         if name.count("/") != 1:
             raise ValueError("must be USER/NAME or ORGANISATION/NAME")

@@ -148,7 +148,7 @@ def guided(network: torch.nn.Module) -> type[Guided]:
     for kind, guided_kind in NETWORKS.items():
         if isinstance(network, kind):
             return guided_kind
-    raise ValueError(f"{type(network).__name__} is none of {', '.join(kind.__name__ for kind in NETWORKS)}")
+    raise ValueError(f"{type(network).__name__} is not one of {', '.join(kind.__name__ for kind in NETWORKS)}")
 
 
 def network_name(pipe: DiffusionPipeline) -> str:

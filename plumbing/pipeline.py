@@ -14,12 +14,13 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
+from transformers import T5EncoderModel
 from transformers.utils import logging as transformers_logging
 
 import miniature
 from config import DTYPES
 from plumbing.errors import first_line, told_of
-from plumbing.networks import NETWORK_NAMES, NETWORKS, Embeddings, guided, network_name, network_of
+from plumbing.networks import NETWORK_NAMES, NETWORKS, Embeddings, guided, network_name, network_of, t5_tokens
 from plumbing.reward_models import Reward
 from plumbing.schedules import Scheduler, noise_schedule, scheduler_at
 from sampler import Policy, sample_trajectories
@@ -32,7 +33,7 @@ def network_policy(
     network: torch.nn.Module, uncond: Embeddings, scheduler: Scheduler, *,
     guidance_scale: float, eta: float, log_prob_reduction: str = "mean", autocast: str = "no", size: int = 0,
 ) -> Policy:  # fmt: skip
-    """The policy of a UNet or transformer on a schedule of T steps; size: of latents, by default the UNet's own."""
+    """The policy of a UNet or transformer on a schedule of T steps; size: of latents, by default the network's own."""
     denoise, size = guided(network)(network, uncond, guidance_scale, DTYPES[autocast]), size or network.config.sample_size
     return Policy(
         denoise, noise_schedule(scheduler, eta, network.device), (denoise.channels, size, size), network.device,
@@ -109,7 +110,7 @@ def load_pipeline(
 
 
 def check_index(folder: Path) -> dict[str, None]:
-    """The parts that a pipeline does without, by name; diffusers asks to be told of some, as of T5 in Stable Diffusion 3.
+    """The parts that a pipeline does without, by name; diffusers asks to be told of some, as T5 in Stable Diffusion 3.
 
     ValueError if it is made of other classes than these libraries': some versions of diffusers run their code.
     """
@@ -168,10 +169,13 @@ def encode_prompts(pipe: DiffusionPipeline, prompts: Sequence[str] | None) -> Em
 
 
 def count_truncated(pipe: DiffusionPipeline, prompts: list[str]) -> int:
-    """How many prompts have more tokens than the text encoder reads; the rest of such a prompt is never seen."""
-    limit, longer = pipe.tokenizer.model_max_length, 0
+    """How many prompts have more tokens than the text encoder that reads most; the rest of such a prompt is never seen."""
+    tokenizer, limit, longer = pipe.tokenizer, pipe.tokenizer.model_max_length, 0
+    for name, part in pipe.components.items():
+        if isinstance(part, T5EncoderModel):
+            tokenizer, limit = pipe.components[name.replace("text_encoder", "tokenizer")], t5_tokens(pipe)
     for start in range(0, len(prompts), 10_000):
-        tokens = pipe.tokenizer(prompts[start : start + 10_000], truncation=False, verbose=False)["input_ids"]
+        tokens = tokenizer(prompts[start : start + 10_000], truncation=False, verbose=False)["input_ids"]
         longer += sum(len(ids) > limit for ids in tokens)
     return longer
 
@@ -179,8 +183,11 @@ def count_truncated(pipe: DiffusionPipeline, prompts: list[str]) -> int:
 @torch.no_grad()
 def decode_latents(pipe: DiffusionPipeline, latents: Tensor) -> Tensor:
     """x_0 latents (M, C, H, W) -> pictures (M, 3, height, width), float in [0, 1]; as many at a time as make DECODED pixels."""
-    latents = latents.to(pipe.vae.device, pipe.vae.dtype) / pipe.vae.config.scaling_factor
-    latents = latents + (pipe.vae.config.get("shift_factor") or 0.0)
+    config = pipe.vae.config
+    latents = latents.to(pipe.vae.device, pipe.vae.dtype) / config.scaling_factor + (config.get("shift_factor") or 0.0)
+    if config.get("latents_mean") is not None:  # by channel, as some of SDXL's kind have it
+        mean, std = (latents.new_tensor(config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
+        latents = latents * std + mean
     at_once = max(1, DECODED // (math.prod(latents.shape[-2:]) * pipe.vae_scale_factor**2))
     images = torch.cat([pipe.vae.decode(some).sample for some in latents.split(at_once)])
     return (images.float() / 2 + 0.5).clamp(0, 1)

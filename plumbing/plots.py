@@ -24,11 +24,7 @@ def reward_curve(metrics: list[dict], path: Path) -> None:
     axes.set(xlabel="epoch", ylabel="reward")
     axes.legend(frameon=False, loc="lower right")
     axes.spines[["top", "right"]].set_visible(False)
-    finish(figure, path, 130)
-
-
-def finish(figure, path: Path, dpi: int) -> None:
-    figure.savefig(path, dpi=dpi)
+    figure.savefig(path, dpi=130)
 
 
 def training_curves(runs: dict[str, list[dict]], path: Path) -> None:
@@ -40,7 +36,7 @@ def training_curves(runs: dict[str, list[dict]], path: Path) -> None:
     axes.set(xlabel="epoch", ylabel="mean reward of the training samples")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    finish(figure, path, 130)
+    figure.savefig(path, dpi=130)
 
 
 def reward_over_epochs(rows: list[dict], path: Path) -> None:
@@ -59,7 +55,7 @@ def reward_over_epochs(rows: list[dict], path: Path) -> None:
         axes.set(xlabel="epoch", ylabel=reward)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0][0].legend(frameon=False)
-    finish(figure, path, 130)
+    figure.savefig(path, dpi=130)
 
 
 def pixels(image: Tensor | Path):
@@ -98,7 +94,7 @@ def strips(columns: dict[str, list], prompts: list[str], path: Path) -> None:
             place(axes, image, column, row + 0.25)
     for row, prompt in enumerate(prompts):
         axes.text(-0.05, row + 0.75, wrapped(prompt, 18), fontsize=6, ha="right", va="center")
-    finish(figure, path, 110)
+    figure.savefig(path, dpi=110)
 
 
 def grid(rows: dict[str, Tensor | list], prompts: list[str], path: Path, across: int = 6) -> None:
@@ -116,7 +112,7 @@ def grid(rows: dict[str, Tensor | list], prompts: list[str], path: Path, across:
             place(axes, images[n], column, top + below)
             if column == 0:
                 axes.text(-0.05, top + below + 0.5, title, fontsize=8, rotation=90, ha="right", va="center")
-    finish(figure, path, 110)
+    figure.savefig(path, dpi=110)
 
 
 def curves(panels: dict[str, dict[str, list[list[float]]]], ylabel: str, path: Path, epochs: list[int] | None = None) -> None:
@@ -133,7 +129,7 @@ def curves(panels: dict[str, dict[str, list[list[float]]]], ylabel: str, path: P
         axes.legend(frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     every[0][0].set_ylabel(ylabel)
-    finish(figure, path, 110)
+    figure.savefig(path, dpi=110)
 
 
 def trails(panels: list[tuple[str, str, str, dict[str, list]]], path: Path, symlog: bool = False) -> None:
@@ -158,7 +154,7 @@ def trails(panels: list[tuple[str, str, str, dict[str, list]]], path: Path, syml
             axes.set_xscale("symlog", linthresh=1)
         axes.legend(frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
-    finish(figure, path, 110)
+    figure.savefig(path, dpi=110)
 
 
 def dots(panels: dict[str, dict[str, list[float]]], xlabel: str, path: Path) -> None:
@@ -175,7 +171,7 @@ def dots(panels: dict[str, dict[str, list[float]]], xlabel: str, path: Path) -> 
         axes.grid(axis="x", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     every[0][0].invert_yaxis()
-    finish(figure, path, 110)
+    figure.savefig(path, dpi=110)
 
 
 def tradeoff(points: dict[str, list[list[float]]], xlabel: str, ylabel: str, path: Path) -> None:
@@ -187,7 +183,7 @@ def tradeoff(points: dict[str, list[list[float]]], xlabel: str, ylabel: str, pat
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.legend(frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
-    finish(figure, path, 110)
+    figure.savefig(path, dpi=110)
 
 
 def prediction(columns: dict[str, dict], path: Path) -> None:
@@ -219,4 +215,4 @@ def prediction(columns: dict[str, dict], path: Path) -> None:
     axes[0][0].legend(frameon=False, fontsize=8)
     for one in axes.flat:
         one.spines[["top", "right"]].set_visible(False)
-    finish(figure, path, 110)
+    figure.savefig(path, dpi=110)

@@ -13,7 +13,7 @@ def check_links(run: Path) -> None:
 
 
 def read_run(run: Path) -> dict:
-    """The settings of a run; ValueError if the folder is none, or leads elsewhere."""
+    """The settings of a run; ValueError if the folder is not one's, or leads elsewhere."""
     check_links(run)
     try:
         settings = json.loads((run / "config.json").read_text())

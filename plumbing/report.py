@@ -79,7 +79,7 @@ def write(
         def pictures(model: str, numbers, set_name=set_name) -> list[Path]:
             return [results.picture(model, set_name, n) for n in numbers]
 
-        file, first = quote(Path(set_name).stem, safe=""), range(min(len(prompts), 45))
+        file, first = quote(set_name, safe=""), range(min(len(prompts), 45))
         grid = {model.name: pictures(model.name, first) for model in shown}
         plots.grid(grid, prompts[:45], output / f"pictures-{file}.png", across=8)
         if kept:

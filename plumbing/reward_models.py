@@ -62,7 +62,7 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 
 
 def local_weights(specs: list[str]) -> dict[str, str]:
-    """{name: path} from `name=path`; ValueError for a name that is none or a path where nothing is."""
+    """{name: path} from `name=path`; ValueError for an unknown name or a path where nothing is."""
     paths = {}
     for spec in specs:
         name, _, path = spec.partition("=")

@@ -269,7 +269,8 @@ class Run:
     def all_conclude(self, scheduler: Scheduler) -> Path:
         """The end of a run: its result is saved with this scheduler, and published where that was asked for -> the run folder."""
         all_wait_for_first(lambda: save_result(self.pipe, scheduler, self.folder))
-        answer(f"the finetuned pipeline is in {self.folder / 'pipeline'}, the curve in {self.folder / 'reward.png'}")
+        curve = f", the curve in {self.folder / 'reward.png'}" if self.eval_prompts else ""
+        answer(f"the finetuned pipeline is in {self.folder / 'pipeline'}{curve}")
         if self.config.push_to_hub:
             all_wait_for_first(lambda: answer(f"it is published at {hub.publish(self.folder, self.config.push_to_hub)}"))
         processes.stop()

@@ -61,6 +61,12 @@ class Results:
     def prediction(self, model: str, set_name: str) -> Path:
         return Path(f"{self.path('scores', model, set_name)}.predicted.json")
 
+    def predicted(self, model: str, set_name: str, prompts: list[str]) -> dict:
+        """What a run has predicted of the first of these prompts; {} if that is not there."""
+        file = self.prediction(model, set_name)
+        found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"prompts": None}
+        return found if found["prompts"] == prompts[: len(found["prompts"] or [])] else {}
+
     def append(self, model: str, set_name: str, lines: list[dict]) -> None:
         path = self.path("scores", model, set_name)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -120,8 +126,7 @@ def summarise(
         for model in models:
             done = results.read(model.name, set_name, sets[set_name])
             lines = [done[n] for n in range(len(sets[set_name]))]
-            file = results.prediction(model.name, set_name)
-            predicted = json.loads(file.read_text()) if file.exists() else {}
+            predicted = results.predicted(model.name, set_name, sets[set_name])
             for reward, parts in rewards.items():
                 weighted = [
                     w * torch.tensor([line["scores"][p] for line in lines], dtype=torch.float64) for p, w in parts.items()

@@ -118,7 +118,7 @@ def save_result(pipe: DiffusionPipeline, scheduler: Scheduler, run: Path) -> Non
 def open_model(name: str, base: str, device: torch.device, **held) -> DiffusionPipeline:
     """The pipeline of a run folder, of a checkpoint of a run, of adapters (on `base`), of a pipeline folder, or of a hub id.
 
-    held: as of load_pipeline. ValueError if it is none of these, or is damaged.
+    held: as in load_pipeline. ValueError if it is none of these, or is damaged.
     """
     folder = Path(name)
     if (folder / "metrics.jsonl").exists():  # a run: its result, or as far as it is
