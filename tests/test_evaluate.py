@@ -251,6 +251,8 @@ def test_predicted_differences_are_those_of_the_log_ratio(runs, two_models, tmp_
     predicted, actual = torch.tensor(saved["predicted"]), torch.tensor(saved["actual"])
     correlation, slope = prediction_quality(predicted / 0.1, actual, 0.1)
     assert (saved["correlation"], saved["slope"]) == pytest.approx((correlation, slope), rel=1e-3)
+    assert Results(out).predicted("tuned", "toy-small", prompts)["slope"] == saved["slope"]
+    assert Results(out).predicted("tuned", "toy-small", prompts[::-1]) == {}  # a file of other prompts by the same name
     row = rows_of(out)["tuned", "toy-small", "toy-colourfulness"]
     assert row["prediction_correlation"] == saved["correlation"] and row["prediction_slope"] == saved["slope"]
     assert rows_of(out)["base", "toy-small", "toy-colourfulness"]["prediction_slope"] is None

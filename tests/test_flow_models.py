@@ -15,7 +15,7 @@ import train
 from benchmarks import rehearsal
 from plumbing.flags import parse
 from plumbing.networks import network_name, network_of
-from plumbing.pipeline import decode_latents, encode_prompts, load_pipeline, pipeline_policy
+from plumbing.pipeline import count_truncated, decode_latents, encode_prompts, load_pipeline, pipeline_policy
 from plumbing.schedules import ddim_scheduler, noise_schedule, scheduler_at
 from plumbing.trainable import make_trainable, open_model, trained_parameters
 from sampler import backward_through_table, gaussian, gaussian_log_prob, sample_trajectories
@@ -156,6 +156,13 @@ def test_runs_resume_and_results_open_in_plain_diffusers(folders, name, more, tm
             pipe.set_progress_bar_config(disable=True)
         same = dict(latents=latents, height=64, width=64, num_inference_steps=2, output_type="latent")
         torch.testing.assert_close(base("a cat", **same).images, result("a cat", **same).images, rtol=0.1, atol=0.1)
+
+
+def test_prompts_that_t5_reads_to_their_end_are_not_called_cut_off(folders):
+    long = "very " * 100 + "long"
+    for tokens, cut in ((16, 1), (4096, 0)):
+        assert count_truncated(opened(folders, "flux", max_sequence_length=tokens), [long, "a cat"]) == cut
+    assert count_truncated(opened(folders, "sdxl"), [long, "a cat"]) == 1
 
 
 def test_frozen_weights_are_held_as_asked(folders):

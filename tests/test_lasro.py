@@ -19,6 +19,7 @@ import evaluate
 import lasro
 import train
 from benchmarks import rehearsal
+from config import LASRO_PRESETS, LasroConfig, check_lasro
 from lasro import Normaliser, consistency_loss, generate, surrogate_loss
 from miniature import build
 from plumbing import checkpoint
@@ -371,6 +372,14 @@ def test_wrong_settings(flags, message, capsys, model_folder, tmp_path):
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert message in line and not (tmp_path / "run").exists()
+
+
+def test_every_process_needs_something_to_do():
+    few = LasroConfig(**LASRO_PRESETS["toy-turbo"] | dict(prompts_per_epoch=1, images_per_prompt=2))
+    with pytest.raises(ValueError, match="prompts_per_epoch=1 x images_per_prompt=2 are fewer trajectories than the 3 processes"):
+        check_lasro(few, 3)
+    with pytest.raises(ValueError, match="anchor_pictures=2 is fewer than the 3 processes"):
+        check_lasro(dataclasses.replace(few, images_per_prompt=8, anchor_pictures=2), 3)
 
 
 def test_a_run_of_the_other_loop_is_not_resumed(capsys, model_folder, tmp_path, finished):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers.configuration_utils import FrozenDict
 
 from plumbing import pipeline
 from plumbing.pipeline import decode_latents, encode_prompts, score
@@ -22,6 +23,17 @@ def test_pictures_are_decoded_a_few_at_a_time(pipe, monkeypatch):
     torch.testing.assert_close(scores, whole.mean((1, 2, 3)), rtol=0, atol=1e-5)
     monkeypatch.setattr(pipeline, "DECODED", 1)  # a picture larger than that still is one
     assert len(decode_latents(pipe, latents[:2])) == 2 and batches[-2:] == [1, 1]
+
+
+def test_latents_that_are_normalised_by_channel_are_decoded_so(pipe, monkeypatch):
+    latents = torch.randn(2, pipe.unet.config.in_channels, 8, 8, generator=torch.Generator().manual_seed(0))
+    mean, std = (torch.linspace(*ends, latents.shape[1]) for ends in ((-0.1, 0.2), (0.5, 1.5)))
+    scaled = latents * std.view(1, -1, 1, 1) + mean.view(1, -1, 1, 1) * pipe.vae.config.scaling_factor
+    expected = decode_latents(pipe, scaled)
+    assert (expected - decode_latents(pipe, latents)).abs().max() > 1e-3
+    known = pipe.vae.config | {"latents_mean": mean.tolist(), "latents_std": std.tolist()}
+    monkeypatch.setattr(pipe.vae, "_internal_dict", FrozenDict(known))
+    torch.testing.assert_close(decode_latents(pipe, latents), expected, rtol=0, atol=1e-5)
 
 
 def test_a_prompt_is_encoded_once(pipe, monkeypatch):

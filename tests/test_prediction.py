@@ -10,6 +10,7 @@ from conftest import answering, make_policy
 
 import train
 from benchmarks import prediction
+from config import preset
 from plumbing import figures, plots
 from plumbing.pipeline import decode_latents, encode_prompts, load_pipeline
 from plumbing.prompts import draw_prompts, load_prompts
@@ -136,4 +137,8 @@ def test_wrong_input(tmp_path, capsys):
         with pytest.raises(SystemExit) as stopped:
             prediction.main(["--output", str(tmp_path / "x.json"), "--runs", run])
         assert stopped.value.code == 2 and message in capsys.readouterr().err
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(preset("toy", method="ddpo"))))
+    with pytest.raises(SystemExit) as stopped:
+        prediction.main(["--output", str(tmp_path / "x.json"), "--runs", f"a={tmp_path}"])
+    assert stopped.value.code == 2 and "is no run of --method prdp" in capsys.readouterr().err
     assert not Path(tmp_path / "x.json").exists()

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 from test_train import metrics
 
-from config import LasroConfig, preset
+from config import Config, LasroConfig, preset
 from evaluate import evaluate
 from rewards import RewardError
 from train import train
@@ -63,6 +63,7 @@ def test_what_is_wrong_is_an_exception(model_folder, tmp_path):
     config = preset("toy", model=str(model_folder), output_dir=str(tmp_path / "run"), **SMALL)
     for wrong, message in (
         (lambda: preset("tiny"), "unknown preset 'tiny': use small-hpsv2"),
+        (lambda: train(Config(preset="mine", prompts="none.txt", output_dir=str(tmp_path))), "preset toy` needs no GPU"),
         (lambda: train(preset("toy", method="prpd")), "method must be prdp or ddpo or dpok or d3po or grpo, not 'prpd'"),
         (lambda: train(preset("toy", train_batch_size=-1)), "train_batch_size must be at least 1, or 0 for auto, not -1"),
         (lambda: train(config, prompts=[]), "prompts is an empty list"),
