@@ -28,7 +28,7 @@ from transformers import BlipConfig, CLIPImageProcessor, CLIPModel, CLIPTokenize
 from transformers.utils import logging
 
 from plumbing import image_reward
-from plumbing.errors import told_of
+from plumbing.errors import first_line, told_of
 
 Reward = Callable[[Tensor, list[str]], Tensor]
 Embed = Callable[[Tensor], Tensor] | Callable[[list[str]], Tensor]
@@ -80,12 +80,14 @@ def explained(name: str, local: dict[str, str]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        source, reason = SOURCES[name], (str(error).splitlines() or [type(error).__name__])[0]
+        source = SOURCES[name]
         wanted = f"{source.file} ({source.size}, {source.licence}) of {source.hub}"
         if source.tokenizer:
             wanted += f" with the tokenizer of {source.tokenizer} beside it"
         remedy = "" if name in local else f" (download it elsewhere and give --reward_weights {name}=PATH)"
-        raise ValueError(f"reward weights {name!r}: no {wanted} in {local.get(name, 'reach')}{remedy}: {reason}") from error
+        raise ValueError(
+            f"reward weights {name!r}: no {wanted} in {local.get(name, 'reach')}{remedy}: {first_line(error)}"
+        ) from error
 
 
 def eight_bit(images: Tensor) -> Tensor:
