@@ -126,7 +126,7 @@ def draw_few_steps(panels: dict[str, list[str]], result: dict, path: Path) -> No
     }
     shown = [("At equal reward queries", "reward queries", "held-out reward", reward["queries"])]
     for title, x, label in (
-        ("The same, without those that collapse", "queries", "reward queries"),
+        ("The same, without those that fall by 0.1", "queries", "reward queries"),
         ("At equal seconds", "seconds", "seconds on one core"),
     ):
         shown.append((title, label, "held-out reward", {name: reward[x][name] for name in standing}))

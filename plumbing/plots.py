@@ -140,6 +140,7 @@ def trails(panels: list[tuple[str, str, str, dict[str, list]]], path: Path, syml
     columns = min(3, len(panels))
     rows, order = len(panels) // columns, list(panels[0][-1])
     alike = len({ylabel for _, _, ylabel, _ in panels}) == 1
+    shared = all(name in order for *_, lines in panels for name in lines)  # one legend for all panels, where nothing lies
     size = (4.8 * columns, 3.6 * rows)
     figure = Figure(figsize=size, layout="constrained")
     every = figure.subplots(rows, columns, squeeze=False, sharey=alike)
@@ -152,8 +153,11 @@ def trails(panels: list[tuple[str, str, str, dict[str, list]]], path: Path, syml
         axes.set(title=title, xlabel=xlabel, ylabel=ylabel if axes is every[0][0] or not alike else "")
         if symlog:
             axes.set_xscale("symlog", linthresh=1)
-        axes.legend(frameon=False, fontsize=8)
+        if not shared:
+            axes.legend(frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
+    if shared:
+        figure.legend(*every[0][0].get_legend_handles_labels(), frameon=False, ncols=len(order), loc="outside lower center")
     figure.savefig(path, dpi=110)
 
 

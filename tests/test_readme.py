@@ -323,11 +323,13 @@ def test_the_papers_comparisons_are_the_committed_ones():
     found = {(row["method"], row["scale"]): row["reward"] for row in results_of_search}
     at_3e_4 = [f"{found[method, 'large']['3e-4']:.3f}" for method in ("prdp", "ddpo")]
     assert "PRDP ends highest, {}, and DDPO falls back, to {} (".format(*at_3e_4) in section
-    minutes = {"fig3": 0.0, "prediction": 0.0, "flow": 0.0}
+    minutes = {"fig3": 0.0, "prediction": 0.0, "flow": 0.0, "lasro": 0.0}
     for made in json.loads((folder / "time.json").read_text()):
         minutes[made["command"].split()[2]] += made["seconds"] / 60
         assert made["machine"]["cpu_cores"] == 2
-    took = "`prediction` took {prediction:.0f} minutes, `flow` {flow:.0f} and the rest {fig3:.0f};".format(**minutes)
+    took = "`prediction` took {prediction:.0f} minutes, `lasro` {lasro:.0f}, `flow` {flow:.0f} and the rest {fig3:.0f}.".format(
+        **minutes
+    )
     assert f"On 2 CPU cores, on which other things ran meanwhile, {took}" in " ".join(section.split())
 
 
