@@ -64,8 +64,9 @@ class Results:
     def predicted(self, model: str, set_name: str, prompts: list[str]) -> dict:
         """What a run has predicted of the first of these prompts; {} if that is not there."""
         file = self.prediction(model, set_name)
-        found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"prompts": None}
-        return found if found["prompts"] == prompts[: len(found["prompts"] or [])] else {}
+        found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        of = found.get("prompts", [])
+        return found if of and of == prompts[: len(of)] else {}
 
     def append(self, model: str, set_name: str, lines: list[dict]) -> None:
         path = self.path("scores", model, set_name)
