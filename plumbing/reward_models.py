@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import open_clip
 import torch
 import torchvision.transforms.v2.functional as F
 from huggingface_hub import hf_hub_download
@@ -149,6 +148,8 @@ def cosine_reward(embed_images: Embed, embed_prompts: Embed, device: torch.devic
 
 def hpsv2(local: dict[str, str], device: torch.device, dtype: torch.dtype, name: str = "hpsv2") -> Reward:
     """HPSv2. Local path: the file, or a folder with it and, for another architecture than ViT-H-14, open_clip_config.json."""
+    import open_clip  # which takes half a second that no other reward needs
+
     with explained(name, local):
         source, path = SOURCES[name], Path(local.get(name, ""))
         if name not in local:

@@ -42,7 +42,7 @@ SD_V1_4_SCHEDULER = dict(
 )
 
 
-def make_pipeline(seed: int = 0, channels: tuple[int, ...] = (8, 16)):
+def make_pipeline(seed: int = 0, channels: tuple[int, ...] = (16,)):
     """A StableDiffusionPipeline with a small untrained UNet whose output is of the size of the noise, as a trained one's is."""
     torch.manual_seed(seed)
     pipe = build.initial_pipeline(channels, width=16)

@@ -109,7 +109,7 @@ def naive(pipe) -> dict[str, torch.Tensor]:
 
 
 def double_pipeline():
-    pipe = make_pipeline()
+    pipe = make_pipeline(channels=(8, 16))
     torch.nn.init.constant_(pipe.vae.decoder.layers[-1].bias, 0.5)  # pictures around grey; without it all red is clipped away
     pipe.unet.double()
     pipe.text_encoder.double()
