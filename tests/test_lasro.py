@@ -14,6 +14,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 from safetensors.torch import load_file
+from test_train import EVALUATION
 
 import evaluate
 import lasro
@@ -257,7 +258,7 @@ def test_replay_forgets_the_oldest_and_half_of_what_it_draws_is_new():
 
 
 TINY = (
-    "--preset toy-turbo --prompts toy-small --eval_prompts toy-small --epochs 4 --pretraining_epochs 2 --prompts_per_epoch 3 "
+    "--preset toy-turbo --prompts toy-small --epochs 4 --pretraining_epochs 2 --prompts_per_epoch 3 "
     "--images_per_prompt 4 --pretraining_updates 3 --surrogate_updates 2 --surrogate_batch 2 --generator_updates 2 "
     "--generator_batch 6 --anchor_pictures 8 --replay_size 7 --learning_rate 1e-3 --eval_every 2 --save_every 3"
 ).split()
@@ -265,7 +266,18 @@ CLOCK_AND_MEMORY = ("seconds", "images_per_second", "peak_memory_gib")
 
 
 def arguments(model_folder, run, *more):
-    return [*TINY, "--model", str(model_folder), "--teacher", str(model_folder), "--output_dir", str(run), *more]
+    return [
+        *TINY,
+        "--eval_prompts",
+        EVALUATION,
+        "--model",
+        str(model_folder),
+        "--teacher",
+        str(model_folder),
+        "--output_dir",
+        str(run),
+        *more,
+    ]
 
 
 def metrics(run) -> list[dict]:

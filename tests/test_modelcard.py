@@ -25,7 +25,7 @@ def test_a_result_has_a_card_with_what_was_measured(model_folder, tmp_path):
         assert f"({name}.png)" in card.text
         assert (run / "pipeline" / f"{name}.png").read_bytes() == (run / source).read_bytes()
     assert f"num_inference_steps={settings['num_steps']}, guidance_scale={settings['guidance_scale']}, eta=1.0)" in card.text
-    told = f"On the prompts `{settings['eval_prompts']}`, on which it was trained, one picture each"
+    told = f"On the prompts `{settings['eval_prompts']}`, one picture each"
     assert told in card.text and "load_lora" not in card.text
     assert StableDiffusionPipeline.from_pretrained(run / "pipeline").unet  # what stands beside it does no harm
 

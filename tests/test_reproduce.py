@@ -159,7 +159,7 @@ def test_a_target_from_search_to_figure_and_nothing_twice(tiny, began, tmp_path,
 
 def test_models_of_few_steps(tiny, began, model_folder, tmp_path, monkeypatch):
     """Two programs behind one target; reward by queries and seconds, in two steps and in one."""
-    small = "--prompts toy-small --eval_prompts toy-small --prompts_per_epoch 2 --images_per_prompt 4 --eval_every 1"
+    small = "--prompts toy-small --eval_prompts tests/prompts.txt --prompts_per_epoch 2 --images_per_prompt 4 --eval_every 1"
     flags = "--preset toy-turbo --pretraining_epochs 1 --pretraining_updates 1 --surrogate_updates 1 --generator_updates 1 "
     flags += f"--surrogate_batch 2 --generator_batch 4 --anchor_pictures 4 --teacher {model_folder}"
     monkeypatch.setattr(reproduce, "SCALES", {"few": f"--model {model_folder} --num_steps 2"})

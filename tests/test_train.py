@@ -25,13 +25,14 @@ from miniature.world import alignment
 from plumbing import checkpoint, processes, run, trainable
 
 TINY = "--preset toy --prompts toy-small --prompts_per_epoch 4 --images_per_prompt 3 --learning_rate 1e-3 --eval_every 2".split()
+EVALUATION = str(ROOT / "tests" / "prompts.txt")
 CLOCK_AND_MEMORY = ("seconds", "images_per_second", "peak_memory_gib")
 ONE_THREAD = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
 SEVERAL_UPDATES = [*TINY, "--updates_per_epoch", "3", "--clip_range", "3e-3", "--guidance_scale", "3"]
 
 
 def arguments(model_folder, run, *more):
-    return [*SEVERAL_UPDATES, "--eval_prompts", "toy-small", "--model", str(model_folder), "--output_dir", str(run), *more]
+    return [*SEVERAL_UPDATES, "--eval_prompts", EVALUATION, "--model", str(model_folder), "--output_dir", str(run), *more]
 
 
 def few(model_folder, run):
