@@ -62,6 +62,7 @@ def rectify(folder: Path, seed: int = 0, steps: int = STEPS) -> None:
     with build.made_whole(folder, seed) as state:
         pipe = initial_pipeline()
         seconds = train_transformer(pipe, build.Captions(seed), steps, state)
+        pipe.vae.register_to_config(_name_or_path="")  # a machine's
         pipe.register_to_config(
             tokenizer=("transformers", "CLIPTokenizerFast"), tokenizer_2=("transformers", "CLIPTokenizerFast")
         )
