@@ -1,10 +1,10 @@
 """How well PRDP's runs predict reward differences, and how well a Gaussian step can.
 
-    python -m benchmarks.prediction --output prediction.json --runs "T = 5=runs/a" "T = 20=runs/b"      # of any seeds
+    python -m benchmarks.prediction --output prediction.json --runs "T = 5=runs/a" "beta 1e-3=runs/b"      # of any seeds
 
 Of every run and every checkpoint it kept: predicted (beta log pi_theta/pi_ref) against actual reward of fresh trajectories, of
-prompts that it was trained on and of held-out ones (Eq. 13). For every T in the runs: the share of the reward's variance that
-steps with a Gaussian's freedom can predict at all. What the output already holds of the same runs is not measured again.
+prompts that it was trained on and of held-out ones (Eq. 13). And for some numbers T of steps the share of the reward's variance
+that steps with a Gaussian's freedom can predict at all. What the output already holds of the same runs is not measured again.
 """
 
 import argparse
@@ -164,9 +164,11 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--states", type=int, default=12, help="trajectories of the ceiling")
     parser.add_argument("--branches", type=int, default=192, help="that go on from each of their latents")
-    parser.add_argument("--longest", type=int, default=10, help="T up to which the ceiling is estimated; its cost grows with T^2")
+    parser.add_argument("--steps", type=int, nargs="+", default=[5, 10], help="each T of a ceiling; its cost grows with T^2")
     parser.add_argument("--output", type=Path, required=True, help="a JSON file")
     options = parser.parse_args(argv)
+    if min(options.steps) < 2:
+        parser.error(f"argument --steps: each must be at least 2, for the last is without noise, not {min(options.steps)}")
     with one_line_errors(ValueError, OSError):
         before = json.loads(options.output.read_text()) if options.output.exists() else {"runs": {}, "ceilings": {}}
         runs: dict[str, dict[str, Path]] = {}
@@ -194,14 +196,15 @@ def main(argv: list[str]) -> None:
             config, row = Config(**read_run(folder)), measured.get((name, seed), {})
             known = row | recorded(folder, config) == row
             measured[name, seed] = row if known else measure(folder, config)
-            titles = {f"{', '.join(config.reward)}, T = {config.num_steps}": config.model}
+            wanted = [(f"{', '.join(config.reward)}, T = {T}", config.model, T) for T in options.steps]
             if (name, seed) == every[0]:  # of the first run also where it has ended
-                titles |= {f"{title}, after {name}": str(folder) for title in titles}
-            for title, model in titles.items() if config.num_steps <= options.longest else ():
+                wanted += [(f"{title}, after {name}", str(folder), T) for title, _, T in wanted[:1]]
+            for title, model, T in wanted:
                 if known and title in before["ceilings"]:
                     ceilings[title] = before["ceilings"][title]
                 elif title not in ceilings:
-                    ceilings[title] = ceiling(config, opened(model, config), options.states, options.branches)
+                    of_T = dataclasses.replace(config, num_steps=T)
+                    ceilings[title] = ceiling(of_T, opened(model, config), options.states, options.branches)
             write(before["ceilings"] | ceilings)
         write(ceilings)
 

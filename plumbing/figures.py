@@ -213,8 +213,7 @@ TARGETS = {
         "Predicted and actual reward differences",
         {
             "": [
-                "T = 5", "T = 10", "T = 20", "independent x_T", "K = 4, clipped", "four times the pictures", "every weight",
-                "beta 1e-3, every weight", "beta 1e-5, every weight", "colourfulness",
+                "T = 5", "independent x_T", "K = 4, clipped", "every weight", "beta 1e-3, every weight",
                 "reference on one step", "beta 1e-3, reference on one step",
             ]
         },

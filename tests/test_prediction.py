@@ -70,12 +70,14 @@ def test_curves_and_pairs_of_runs(runs, model_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(prediction, "PROMPTS", 3)
     monkeypatch.setattr(prediction, "PICTURES", 4)
     output = tmp_path / "prediction.json"
-    prediction.main(["--output", str(output), "--states", "3", "--branches", "4", "--runs", f"a={runs}/0", f"a={runs}/1"])
+    few = ["--states", "3", "--branches", "4", "--steps", "3", "4"]
+    prediction.main(["--output", str(output), *few, "--runs", f"a={runs}/0", f"a={runs}/1"])
     result = json.loads(output.read_text())
     assert result["versions"]["torch"] and list(result["runs"]) == ["a"] and list(result["runs"]["a"]) == ["0", "1"]
-    assert list(result["ceilings"]) == ["toy-colourfulness, T = 3", "toy-colourfulness, T = 3, after a"]
-    ceiling, after = result["ceilings"].values()
-    assert ceiling["share"] != after["share"]
+    titles = ("toy-colourfulness, T = 3", "toy-colourfulness, T = 4", "toy-colourfulness, T = 3, after a")
+    assert tuple(result["ceilings"]) == titles
+    ceiling, longer, after = result["ceilings"].values()
+    assert len(longer["decided_by_step"]) == len(ceiling["decided_by_step"]) + 1 and ceiling["share"] != after["share"]
     assert sum(ceiling["decided_by_step"]) == pytest.approx(1) and sum(ceiling["predicted_by_step"]) == pytest.approx(
         ceiling["share"]
     )
@@ -117,25 +119,26 @@ def test_what_the_output_holds_of_the_same_runs_is_not_measured_again(runs, tmp_
     monkeypatch.setattr(prediction, "ceiling", lambda config, *rest: began.append("ceiling") or {"share": config.seed})
     output, of = tmp_path / "prediction.json", [f"a={runs}/0", f"a={runs}/1"]
     prediction.main(["--output", str(output), "--runs", of[0]])
-    assert began == ["0", "ceiling", "ceiling"]
+    assert began == ["0", *3 * ["ceiling"]]
     prediction.main(["--output", str(output), "--runs", *of])
-    assert began == ["0", "ceiling", "ceiling", "1"]
+    assert began == ["0", *3 * ["ceiling"], "1"]
     result = json.loads(output.read_text())
-    assert list(result["runs"]["a"]) == ["0", "1"] and len(result["ceilings"]) == 2
+    assert list(result["runs"]["a"]) == ["0", "1"] and len(result["ceilings"]) == 3
     result["runs"]["a"]["1"]["training"]["slope"][0] += 1  # another run's
     output.write_text(json.dumps(result))
     prediction.main(["--output", str(output), "--runs", *of])
     assert (
-        began[4:] == ["1"]
+        began[5:] == ["1"]
         and json.loads(output.read_text())["runs"]["a"]["1"]["training"]["slope"][0]
         != result["runs"]["a"]["1"]["training"]["slope"][0]
     )
 
 
 def test_wrong_input(tmp_path, capsys):
-    for run, message in ((f"a={tmp_path}", "no run folder"), (str(tmp_path), "takes name=folder")):
+    for run, message in (([f"a={tmp_path}"], "no run folder"), ([str(tmp_path)], "takes name=folder"),
+                         (["a=b", "--steps", "1"], "--steps: each must be at least 2")):  # fmt: skip
         with pytest.raises(SystemExit) as stopped:
-            prediction.main(["--output", str(tmp_path / "x.json"), "--runs", run])
+            prediction.main(["--output", str(tmp_path / "x.json"), "--runs", *run])
         assert stopped.value.code == 2 and message in capsys.readouterr().err
     (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(preset("toy", method="ddpo"))))
     with pytest.raises(SystemExit) as stopped:

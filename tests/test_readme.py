@@ -363,20 +363,24 @@ def test_predicted_differences_in_the_docs_are_the_measured_ones():
             f"{mean(of(name, 'seen', 'kl_nats')):.2f} nats",
             f"{mean(of(name, 'seen', 'reward', 0)):.3f} → {mean(of(name, 'seen', 'reward')):.3f}",
         ]
-    at_30, at_45 = (
-        {name: mean(of(name, "seen", "correlation", epochs[name].index(at))) for name in epochs if at in epochs[name]}
-        for at in (30, 45)
+    at_30, nats_at_30 = (
+        {name: mean(of(name, "seen", what, epochs[name].index(30))) for name in epochs if 30 in epochs[name]}
+        for what in ("correlation", "kl_nats")
     )
     first = [run["training"]["correlation"][0] for run in found["runs"]["K = 4, clipped"].values()]
     section, share = " ".join(MINIATURE.split()), found["ceilings"]["toy-alignment, T = 5"]["share"]
     for text in (
-        "seen prompts is {:.2f}, {:.2f} and {:.2f} for T".format(*(at_30[f"T = {T}"] for T in (5, 10, 20))),
-        f"with a correlation of {mean(first):.2f}, and 15 epochs later",
-        f"fresh ones with {mean(of('K = 4, clipped', 'seen', 'correlation')):.2f}.",
-        f"half the KL, {at_45['T = 5']:.2f} to {at_45['every weight']:.2f} after 45",
-        f"give {at_30['four times the pictures']:.2f} after 30 epochs, where T = 5 has {at_30['T = 5']:.2f};",
-        f"over 120 epochs give {mean(of('T = 5', 'seen', 'correlation')):.2f}.",
-        f"from a slope of {mean(of('T = 5', 'seen', 'slope')):.2f} to {share:.2f}, is the data's",
+        f"from a slope of {mean(of('T = 5', 'seen', 'slope')):.2g} to {share:.2f}, is the data's",
+        f"with a correlation of {mean(first):.2f}, and fresh ones after {epochs['K = 4, clipped'][-1]} epochs",
+        f"epochs with {mean(of('K = 4, clipped', 'seen', 'correlation')):.2f}. Adapters",
+        f"as well, {at_30['T = 5']:.2f} to {at_30['every weight']:.2f} after 30 epochs, at {nats_at_30['T = 5']:.2f} nats",
+        f"where these are at {nats_at_30['every weight']:.2f}. More",
+        f"after {epochs['T = 5'][-1]} epochs T = 5 has {mean(of('T = 5', 'seen', 'correlation')):.2f}.",
+        f"epochs is {at_30['reference on one step']:.2f} where all steps give {at_30['T = 5']:.2f}, and at beta = 1e-3",
+        "the reward is {:.3f} where they give {:.3f}: within".format(
+            *(mean(of(f"beta 1e-3, {name}", "seen", "reward")) for name in ("reference on one step", "every weight"))
+        ),
+        f"it goes {mean(of('beta 1e-3, every weight', 'seen', 'kl_nats')):.0f} nats away in 30 epochs",
     ):
         assert text in section, text
     for name, ceiling in found["ceilings"].items():
