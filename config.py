@@ -31,7 +31,7 @@ def BatchSize(value: str) -> int:
     return int(value)
 
 
-HELD = ("resolution", "max_sequence_length", "frozen_dtype", "text_encoders_on_cpu")  # how a pipeline is, by its settings
+HELD = ("resolution", "max_sequence_length", "frozen_dtype", "text_encoders_on_cpu")  # how a pipeline is held in memory
 DTYPES = {"no": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -298,7 +298,7 @@ def at_least(least: int, config: Common, *names: str) -> None:
 
 
 def positive(config: Common, *names: str) -> None:
-    """ValueError naming the first of these settings that is not above 0 or has no end."""
+    """ValueError naming the first of these settings that is not above 0 or is infinite."""
     for name in names:
         if not 0 < getattr(config, name) < float("inf"):
             raise ValueError(f"{name} must be a positive number, not {getattr(config, name)}")

@@ -154,7 +154,7 @@ def sample_trajectories(
     for start in range(0, len(names), batch_size):
         batch, c = names[start : start + batch_size], cond[start : start + batch_size]
         first = [(seed, epoch, n, 0 if shared_x_T else b, 0) for seed, epoch, n, b in batch]
-        # All noise of the batch before its steps: a GPU never waits for the CPU between them.
+        # The CPU's noise, the same whatever the device, and all of it before the steps: between them a GPU never waits.
         x, noise = [draw_noise(policy, first, 1)[:, 0]], draw_noise(policy, [(*name, 1) for name in batch], len(noisy))
         log_prob = torch.empty(len(batch), len(noisy), dtype=torch.float64, device=policy.device)
         for i in range(len(policy.schedule.timesteps)):
@@ -164,8 +164,8 @@ def sample_trajectories(
                 x[-1] = mu + sigma * noise[:, noisy.index(i)]
                 log_prob[:, noisy.index(i)] = gaussian_log_prob(x[-1], mu, sigma, policy.log_prob_reduction)
         latents.append(torch.stack(x, 1).to(keep_on or policy.device))
-        log_probs.append(log_prob.cpu())
-    return Trajectories(cond, torch.cat(latents), torch.cat(log_probs))
+        log_probs.append(log_prob)
+    return Trajectories(cond, torch.cat(latents), torch.cat(log_probs).cpu())
 
 
 def _batches(policy: Policy, trajectories: Trajectories, entries: Tensor, batch_size: int) -> Iterator[tuple]:

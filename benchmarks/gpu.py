@@ -1,9 +1,9 @@
 """One command for a day with a GPU: what only a GPU can show, each part in less than eight minutes and kept as a JSON file.
 
-    python -m benchmarks.gpu --output results/gpu                                  # where it was interrupted it goes on
+    python -m benchmarks.gpu --output results/gpu                                  # goes on; what failed is done again
     python -m benchmarks.gpu --output runs/gpu-rehearsed --shape tiny              # everything tiny, on a CPU as well
 
-Stable Diffusion v1.4's shape and a full-sized HPSv2 of random weights (benchmarks.rehearsal, about 6 GB in --folder), at the
+Stable Diffusion v1.4's shape and a full-sized HPSv2 of random weights (benchmarks.rehearsal, made first, 6 GB), at the
 paper's large-scale settings but for 4 prompts an epoch instead of 64 and T = 10 instead of 50 (fp32: 2, TF32: 4), and adapters of
 the flows' shapes by their presets (about 7 and 34 GB):
 
@@ -32,7 +32,7 @@ from plumbing.errors import last_words, one_line_errors
 from plumbing.flags import parse
 from plumbing.jobs import file_name
 from plumbing.pipeline import encode_prompts, load_pipeline, pipeline_policy
-from plumbing.provenance import write_result
+from plumbing.provenance import provenance, write_result
 from plumbing.record import read_metrics
 from sampler import sample_trajectories
 
@@ -55,15 +55,15 @@ FLOWS = {"sd3.5-medium": "sd3.5-medium-no-t5", "flux-dev": "flux-dev"}  # preset
 CAPS = {"every weight, 24 GB": 24e9, "adapters, 12 GB": 12e9}  # bytes
 
 
-def call(command: list[str], **environment: str) -> dict:
-    """Runs it in the project's root -> seconds, and where it did not end well the last line it said."""
+def call(command: list[str], limit: int = LIMIT, **environment: str) -> dict:
+    """Runs it in the project's root -> seconds, and where it did not end well, in `limit` seconds, the last line it said."""
     began, pipe, environment = time.monotonic(), subprocess.PIPE, os.environ | environment
     process = subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, start_new_session=True, env=environment)
     try:
-        stdout, stderr = process.communicate(timeout=LIMIT)
+        stdout, stderr = process.communicate(timeout=limit)
         failure = None if process.returncode == 0 else last_words(stderr.strip() or stdout)
     except subprocess.TimeoutExpired:
-        failure = f"not finished after {LIMIT} seconds"
+        failure = f"not finished after {limit} seconds"
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)  # with what it has started, as a compiler's workers
@@ -108,12 +108,12 @@ def run_rounding(options) -> dict:
     return outcome | ({"largest": json.loads(file.read_text())} if file.exists() else {})
 
 
-def measure_speed(steps: int, flags: list[str], options) -> dict:
+def measure_speed(steps: int, flags: list[str], options, limit: int = LIMIT) -> dict:
     file = options.folder / "speed.json"
     file.unlink(missing_ok=True)
     command = [sys.executable, "-m", "benchmarks.speed", "--epochs", "3", "--output", str(file)]
     flags = [*options.flags, "--num_steps", str(min(steps, options.steps)), *flags]
-    outcome = call([*command, *flags], TMPDIR=str(options.folder))  # its runs, with checkpoints of 14 GB
+    outcome = call([*command, *flags], limit, TMPDIR=str(options.folder))  # its runs, with checkpoints of 14 GB
     return outcome | (json.loads(file.read_text()) if file.exists() else {})
 
 
@@ -136,7 +136,8 @@ def measure_flow(preset: str, options) -> dict:
     if options.shape == "tiny":
         flags += ["--resolution", "64"]
     try:
-        return measure_speed(3, [*flags, "--prompts_per_epoch", "2"], options) | {"seconds_to_make": made["seconds"]}
+        outcome = measure_speed(3, [*flags, "--prompts_per_epoch", "2"], options, LIMIT - made["seconds"])
+        return outcome | {"seconds_to_make": made["seconds"]}
     finally:
         shutil.rmtree(folder)
 
@@ -176,7 +177,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder of the JSON files; what is there is not done again")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the JSON files")
     parser.add_argument("--folder", type=Path, default=Path("runs/gpu"), help="of models and runs")
     parser.add_argument("--shape", choices=("full", "tiny"), default="full")
     parser.add_argument("--parts", nargs="+", metavar="PART", default=[], help="some of them, in this order; by default all")
@@ -202,7 +203,7 @@ def main(argv: list[str]) -> None:
         for name in options.parts or everything:
             run = everything[name]
             file = options.output / f"{file_name(name)}.json"
-            if not file.exists():
+            if not is_done(file):
                 if name != "tests" and not (options.folder / "made").exists():
                     shutil.rmtree(made, ignore_errors=True)
                     if failure := make(made, options.shape, ["hpsv2"])["failure"]:
@@ -211,6 +212,12 @@ def main(argv: list[str]) -> None:
                 write_result(file, "-m benchmarks.gpu", argv, {"part": name} | run())
             result = json.loads(file.read_text())
             print(f"{name}: {summary(result)}", flush=True)
+
+
+def is_done(file: Path) -> bool:
+    """Whether a part's result is there, without a failure, and of this machine and these versions."""
+    known, this = json.loads(file.read_text()) if file.exists() else {"failure": "no result"}, provenance("", [])
+    return known["failure"] is None and all(known[key] == this[key] for key in ("versions", "machine"))
 
 
 def summary(result: dict) -> str:

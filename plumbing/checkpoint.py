@@ -22,6 +22,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from plumbing.errors import first_line
+
 WEIGHTS, STATE, ABOUT, SUMS = "weights.safetensors", "state.safetensors", "state.json", "SHA256SUMS"
 AT_ONCE = 3  # two that are kept, and one that is being written
 
@@ -261,6 +263,5 @@ def load(folder: Path, parameters: dict[str, torch.nn.Parameter], states: dict) 
         for name, thing in states.items():
             thing.load_state_dict(known[name])
     except Exception as error:  # torch raises many kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"foreign checkpoint {folder}: state.json: {reason}") from error
+        raise ValueError(f"foreign checkpoint {folder}: state.json: {first_line(error)}") from error
     return about

@@ -140,7 +140,7 @@ def trails(panels: list[tuple[str, str, str, dict[str, list]]], path: Path, syml
     columns = min(3, len(panels))
     rows, order = len(panels) // columns, list(panels[0][-1])
     alike = len({ylabel for _, _, ylabel, _ in panels}) == 1
-    shared = all(name in order for *_, lines in panels for name in lines)  # one legend for all panels, where nothing lies
+    shared = all(name in order for *_, lines in panels for name in lines)  # one legend for all panels, below them
     size = (4.8 * columns, 3.6 * rows)
     figure = Figure(figsize=size, layout="constrained")
     every = figure.subplots(rows, columns, squeeze=False, sharey=alike)

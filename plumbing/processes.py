@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from plumbing.errors import complain, told_of
+from plumbing.errors import complain, first_line, told_of
 from plumbing.heartbeat import BEAT, SILENCE, Heartbeat
 
 Made = TypeVar("Made")
@@ -152,8 +152,7 @@ def connected() -> Iterator[None]:
         if HEARTBEAT:
             time.sleep(4 * BEAT)  # until it is known who gives no sign
         who = HEARTBEAT.silent_ones() if HEARTBEAT else ""
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConnectionError(f"{who or 'another process'} is gone or cannot be reached: {reason}") from error
+        raise ConnectionError(f"{who or 'another process'} is gone or cannot be reached: {first_line(error)}") from error
 
 
 def all_succeed(produce: Callable[[], object]) -> list:

@@ -214,10 +214,11 @@ class Run:
             found = self.all_evaluate()
             line |= found
             self.lap("evaluate")
-            self.write_metrics()
-            self.log({"epoch": self.completed, **found, "seconds": {"evaluate": self.lap.seconds["evaluate"]}})
-            if RANK == 0:
-                plots.reward_curve(self.metrics, self.folder / "reward.png")
+            with processes.uninterrupted():  # what is in the record the trackers have seen
+                self.write_metrics()
+                self.log({"epoch": self.completed, **found, "seconds": {"evaluate": self.lap.seconds["evaluate"]}})
+                if RANK == 0:
+                    plots.reward_curve(self.metrics, self.folder / "reward.png")
             if self.is_late():
                 self.save()
 

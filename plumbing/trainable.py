@@ -19,6 +19,7 @@ from torch import Tensor
 
 from config import Config
 from plumbing import checkpoint, modelcard
+from plumbing.anchor import consistency_scheduler
 from plumbing.errors import first_line
 from plumbing.networks import network_name, network_of
 from plumbing.pipeline import load_pipeline, save_pipeline
@@ -134,6 +135,8 @@ def open_model(name: str, base: str, device: torch.device, **held) -> DiffusionP
             network_of(pipe).requires_grad_(True)
         checkpoint.load_weights(folder, trained_parameters(pipe))
         network_of(pipe).requires_grad_(False)
+        if "method" not in settings:  # LaSRO's, which draws as the result does that it saves
+            pipe.scheduler = consistency_scheduler(pipe, settings["num_steps"])
         return pipe
     file = folder / "pytorch_lora_weights.safetensors"
     if file.exists():

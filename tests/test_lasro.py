@@ -29,6 +29,7 @@ from plumbing.pipeline import encode_prompts, pipeline_policy
 from plumbing.replay import Replay
 from plumbing.schedules import ddim_scheduler, lcm_scheduler, noise_schedule
 from plumbing.surrogate import accuracy, surrogate_of, surrogate_scores
+from plumbing.trainable import open_model
 from sampler import Policy, ddim
 
 SCALED_LINEAR = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
@@ -315,6 +316,8 @@ def test_the_generator_rests_while_the_surrogate_is_pretrained(finished, model_f
 def test_the_result_opens_with_plain_diffusers_and_draws_in_two_steps(finished):
     pipe = StableDiffusionPipeline.from_pretrained(finished / "pipeline")
     assert isinstance(pipe.scheduler, LCMScheduler)
+    opened = open_model(str(checkpoint.all_checkpoints(finished)[-1]), "", torch.device("cpu"))  # also so without the result
+    assert opened.scheduler.config == pipe.scheduler.config
     pipe.set_progress_bar_config(disable=True)
     images = pipe("a red ring on a black background", num_inference_steps=2, guidance_scale=1.0, output_type="pt").images
     assert images.shape == (1, 3, 32, 32) and images.isfinite().all()
