@@ -63,7 +63,6 @@ EVALUATIONS = {  # of which scale, and how
 # times 64/3, for D = 768 instead of 16384. D3PO's is as wide as it can be: its 0.1 spans over 3000 nats there.
 METHODS = {
     ("prdp", "small"): "--method prdp --updates_per_epoch 10 --clip_range 2.13e-5",
-    ("prdp unclipped", "small"): "--method prdp --updates_per_epoch 10 --clip_range 1e9",
     ("prdp", "large"): "--method prdp --updates_per_epoch 1 --clip_range 2.13e-3",
     ("ddpo", "small"): "--method ddpo --updates_per_epoch 4 --clip_range 2.13e-3",
     ("ddpo", "large"): "--method ddpo --updates_per_epoch 4 --clip_range 2.13e-3",
@@ -88,9 +87,8 @@ COLOUR = "--reward toy-colourfulness --kl_weight"
 VARIANTS: dict[str, tuple[str, str, str]] = {  # name: method, scale and what is changed
     "PRDP": ("prdp", "small", ""),
     "PRDP unclipped": ("prdp", "small", "--clip_range 1e9"),
-    "PRDP unclipped, own rate": ("prdp unclipped", "small", ""),
+    "PRDP unclipped, a tenth of the rate": ("prdp", "small", "--clip_range 1e9 --learning_rate 1e-5"),
     "PRDP offline": ("prdp", "small", "--offline"),
-    "PRDP shared x_T": ("prdp", "small", "--shared_x_T"),
     "DDPO": ("ddpo", "small", ""),
     "DDPO unclipped": ("ddpo", "small", "--clip_range 1e9"),
     "DDPO batch statistics": ("ddpo", "small", "--reward_statistics batch"),
@@ -104,7 +102,6 @@ VARIANTS: dict[str, tuple[str, str, str]] = {  # name: method, scale and what is
     "DDPO large unclipped": ("ddpo", "large", "--clip_range 1e9"),
     "DDPO large own statistics": ("ddpo", "large", "--statistics_min_count 8"),
     "PRDP beta 0.1": ("prdp", "small", f"{COLOUR} 0.1"),
-    "PRDP beta 1": ("prdp", "small", f"{COLOUR} 1"),
     "PRDP beta 10": ("prdp", "small", f"{COLOUR} 10"),
     "T = 5": ("prdp", "prediction", "--epochs 60"),
     "independent x_T": ("prdp", "prediction", "--shared_x_T False"),

@@ -162,7 +162,7 @@ TARGETS = {
     "fig3": Target(
         "Fig. 3, Table 5: clipping",
         {
-            "PRDP, small scale": ["PRDP", "PRDP unclipped", "PRDP unclipped, own rate"],
+            "PRDP, small scale": ["PRDP", "PRDP unclipped", "PRDP unclipped, a tenth of the rate"],
             "DDPO, small scale": ["DDPO", "DDPO unclipped"],
             LARGE: ["PRDP large", "DDPO large", "DDPO large unclipped"],
         },
@@ -173,7 +173,7 @@ TARGETS = {
     "fig7": Target("Fig. 7: online and offline", {SMALL: ["PRDP", "PRDP offline"]}, draw_over_checkpoints, checkpoints=True),
     "fig8": Target(
         "Fig. 8, 10: a reward that ignores the prompt",
-        {SMALL: ["PRDP beta 0.1", "PRDP beta 1", "PRDP beta 10", "DDPO colour"]},
+        {SMALL: ["PRDP beta 0.1", "PRDP beta 10", "DDPO colour"]},
         draw_tradeoff, pictures="small",
     ),
     "fig9": Target(
@@ -184,12 +184,8 @@ TARGETS = {
         },
         draw_curves,
     ),
-    "d3po": Target("D3PO: order and values", {SMALL: ["PRDP shared x_T", "DDPO", "D3PO"]}, draw_curves),
-    "shared": Target(
-        "Independent and shared x_T",
-        {SMALL: ["PRDP", "PRDP shared x_T"], LARGE: ["PRDP large", "PRDP large shared x_T"]},
-        draw_curves,
-    ),
+    "d3po": Target("D3PO: order and values", {SMALL: ["PRDP", "DDPO", "D3PO"]}, draw_curves),
+    "shared": Target("Independent and shared x_T", {LARGE: ["PRDP large", "PRDP large shared x_T"]}, draw_curves),
     "reference": Target(
         "The reference on one step of four", {LARGE: ["PRDP large", "PRDP large reference on one step"]}, draw_curves
     ),

@@ -103,7 +103,7 @@ def grid(rows: dict[str, Tensor | list], prompts: list[str], path: Path, across:
     rows: title -> (P, 3, H, W) in [0, 1] or P files, in the order of the P prompts.
     """
     bands, across, title_height = -(-len(prompts) // across), min(across, len(prompts)), 0.5
-    figure, axes = sheet(across, bands * (len(rows) + title_height), 0.2, 1.5)
+    figure, axes = sheet(across, bands * (len(rows) + title_height), 0.3, 1.5)
     for n, prompt in enumerate(prompts):
         band, column = divmod(n, across)
         top = band * (len(rows) + title_height) + title_height
@@ -111,7 +111,7 @@ def grid(rows: dict[str, Tensor | list], prompts: list[str], path: Path, across:
         for below, (title, images) in enumerate(rows.items()):
             place(axes, images[n], column, top + below)
             if column == 0:
-                axes.text(-0.05, top + below + 0.5, title, fontsize=8, rotation=90, ha="right", va="center")
+                axes.text(-0.05, top + below + 0.5, wrapped(title, 20), fontsize=8, rotation=90, ha="right", va="center")
     figure.savefig(path, dpi=110)
 
 

@@ -309,7 +309,7 @@ def test_the_papers_comparisons_are_the_committed_ones():
             assert f"| {model} | {end} |" in section, model
     results_of_search = json.loads((folder / "learning-rates.json").read_text())["results"]
     for row in [row for row in results_of_search if row["scale"] not in ("few", "flow")]:
-        cells = searched(row, ("3e-6", "1e-5", "3e-5", "1e-4", "3e-4", "1e-3"))
+        cells = searched(row, ("3e-5", "1e-4", "3e-4", "1e-3"))
         assert f"| {row['method']} | {row['scale']} | {cells} |" in section and "3e-3" not in row["reward"], row
     for name, row in results["variance"]["results"].items():
         cosine, above = (
@@ -326,11 +326,12 @@ def test_the_papers_comparisons_are_the_committed_ones():
     minutes = {"fig3": 0.0, "prediction": 0.0, "flow": 0.0, "lasro": 0.0}
     for made in json.loads((folder / "time.json").read_text()):
         minutes[made["command"].split()[2]] += made["seconds"] / 60
-        assert made["machine"]["cpu_cores"] == 2
+        assert made["machine"]["cpu_cores"] == 2 and made["finished"]
+    assert sum(minutes.values()) <= 160
     took = "`prediction` took {prediction:.0f} minutes, `lasro` {lasro:.0f}, `flow` {flow:.0f} and the rest {fig3:.0f}.".format(
         **minutes
     )
-    assert f"On 2 CPU cores, on which other things ran meanwhile, {took}" in " ".join(section.split())
+    assert f"On 2 CPU cores {took}" in " ".join(section.split())
 
 
 def reward_at(run: dict, nats: float) -> float | None:

@@ -37,7 +37,7 @@ def test_every_variant_has_its_schedule_and_every_target_its_variants():
             assert (config.model, config.num_steps, config.prompts, queries) == ("toy-turbo", 2, "toy-train", 128)
             continue
         large = scale in ("large", "flow")
-        assert config.method == method.split()[0] and config.prompts == ("toy-train" if large else "toy-small")
+        assert config.method == method and config.prompts == ("toy-train" if large else "toy-small")
         assert config.model == ("toy-flow" if scale == "flow" else "toy")
         assert queries == (128 if scale == "prediction" else 64)
     used = {name for target in figures.TARGETS.values() for name in target.variants}
