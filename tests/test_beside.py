@@ -93,14 +93,13 @@ def test_a_gpu_day_wants_a_gpu_and_known_flags(capsys, tmp_path):
         assert memory.RECIPES[name].startswith("--preset large-hpsv2 ")
 
 
-def test_a_part_tells_how_it_failed_and_is_not_waited_for_for_ever(monkeypatch):
+def test_a_part_tells_how_it_failed_and_is_not_waited_for_for_ever():
     assert gpu.call([gpu.sys.executable, "-c", "print('well')"])["failure"] is None
     failed = gpu.call([gpu.sys.executable, "-c", "import sys; print('first\\nlast', file=sys.stderr); sys.exit(3)"])
     assert failed["failure"] == "last"
-    monkeypatch.setattr(gpu, "LIMIT", 0.5)
     began = gpu.time.monotonic()  # what a part has started ends with it: it holds the pipe, too
     hangs = "import subprocess, time; subprocess.Popen(['sleep', '50']); time.sleep(60)"
-    assert gpu.call([gpu.sys.executable, "-c", hangs])["failure"] == "not finished after 0.5 seconds"
+    assert gpu.call([gpu.sys.executable, "-c", hangs], 0.5)["failure"] == "not finished after 0.5 seconds"
     assert gpu.time.monotonic() - began < 40
 
 
