@@ -435,15 +435,16 @@ def test_a_run_is_evaluated_like_any_other(finished, tmp_path):
 @pytest.mark.parametrize("shape, kind", [("sd-turbo", StableDiffusionPipeline), ("sdxl-turbo", StableDiffusionXLPipeline),
                                          ("lcm", LatentConsistencyModelPipeline)])  # fmt: skip
 def test_the_rehearsed_presets_train_and_open_with_plain_diffusers(shape, kind, tmp_path, capsys):
+    (tmp_path / "two.txt").write_text("a cat\na dog\n")
     rehearsal.main([str(tmp_path / "all"), "--pipeline", f"tiny-{shape}"])
     command = capsys.readouterr().out.splitlines()[-1].split()
     assert command[:4] == ["python", "lasro.py", "--preset", shape]
     little = (
         "--epochs 2 --pretraining_epochs 1 --prompts_per_epoch 1 --images_per_prompt 2 --pretraining_updates 1 "
         "--surrogate_updates 1 --surrogate_batch 1 --generator_updates 1 --generator_batch 2 --anchor_pictures 2 "
-        "--teacher_steps 2 --eval_prompts pickapic-test --learning_rate 1e-2"
+        "--teacher_steps 2 --learning_rate 1e-2"
     ).split()
-    lasro.main([*command[2:], *little, "--output_dir", str(tmp_path / "run")])
+    lasro.main([*command[2:], *little, "--eval_prompts", str(tmp_path / "two.txt"), "--output_dir", str(tmp_path / "run")])
     before, after = (kind.from_pretrained(folder) for folder in (tmp_path / "all" / "pipeline", tmp_path / "run" / "pipeline"))
     after.set_progress_bar_config(disable=True)
     (image,) = after("a cat", num_inference_steps=2, guidance_scale=1.0, output_type="pt").images
