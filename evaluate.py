@@ -220,7 +220,8 @@ def all_predict(
         parts and model.run.get("method") == "prdp" and not model.checkpoint and all(name in config.rewards for name, _ in parts)
     )
     possible = config.eta > 0 and B > 1 and number > 0  # without noise there is no log-prob
-    done, *_ = processes.all_succeed(lambda: bool(results.predicted(model.name, set_name, prompts)))  # the first's sight
+    # As the first process sees it
+    done = processes.all_succeed(lambda: bool(results.predicted(model.name, set_name, prompts)))[0]
     if not (known and possible) or done:
         return
 

@@ -198,7 +198,7 @@ def main(argv: list[str]) -> None:
             measured[name, seed] = row if known else measure(folder, config)
             wanted = [(f"{', '.join(config.reward)}, T = {T}", config.model, T) for T in options.steps]
             if (name, seed) == every[0]:  # of the first run also where it has ended
-                wanted += [(f"{title}, after {name}", str(folder), T) for title, _, T in wanted[:1]]
+                wanted.append((f"{wanted[0][0]}, after {name}", str(folder), options.steps[0]))
             for title, model, T in wanted:
                 if known and title in before["ceilings"]:
                     ceilings[title] = before["ceilings"][title]
